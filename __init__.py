@@ -1,0 +1,1 @@
+"""effc: a compiler for LLM inference in PyTorch."""

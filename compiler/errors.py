@@ -1,0 +1,25 @@
+"""The errors that users meet: one line each, saying what was expected, what was found and what to do."""
+
+
+class EffcError(Exception):
+    """Base of every error that effc raises for something a user can change."""
+
+
+class InputError(EffcError, ValueError):
+    """An argument, a prompt or an option does not fit."""
+
+
+class ModelError(EffcError):
+    """A model cannot be found, read or compiled: unknown name, broken file, unsupported architecture."""
+
+
+class CacheError(EffcError):
+    """The cache folder cannot be used: not writable, full, or holding a broken entry that cannot be replaced."""
+
+
+class ToolchainError(EffcError):
+    """No usable C++ compiler, or the compiler refused the code that it was given."""
+
+
+class UnsupportedKernel(EffcError):
+    """A Triton kernel uses an operation that the CPU target does not implement."""
