@@ -1,0 +1,229 @@
+"""Rewrite a graph by rules: a pattern, and a function that builds what replaces it.
+
+    def to_rms_norm(match):
+        if match.value("x").dtype != match.root.meta["val"].dtype:
+            return match.decline("the result has another dtype than the input")
+        return match.call(ops.effc.rms_norm.default, match["x"], match["weight"], match["eps"])
+
+    RULES = (Rule("rms_norm", RMS_NORM, to_rms_norm),)
+    rewrite(graph, RULES)
+
+A pass mutates the graph it is given; whoever wants to keep the original copies it first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from .graph import Graph
+from .pattern import Bindings, Pattern
+from .weights import Weight
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Something that looked like a match and was left alone.
+
+    node: its name. rule: the rule that declined. reason: why. source: the model's line that made the node.
+    """
+
+    node: str
+    rule: str
+    reason: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.rule} does not apply: {self.reason}" + (f"  # {self.source}" * bool(self.source))
+
+
+@dataclass
+class PassResult:
+    """What a pass did: how often its rules applied, and near-misses with reasons."""
+
+    matches: int = 0
+    misses: list[Miss] = field(default_factory=list)
+
+    def __add__(self, other: PassResult) -> PassResult:
+        return PassResult(self.matches + other.matches, self.misses + other.misses)
+
+
+class Match:
+    """One place where a pattern fits: what its names stand for, and the nodes that it covers."""
+
+    def __init__(self, graph: Graph, root: fx.Node, bindings: Bindings) -> None:
+        self.graph = graph
+        self.root = root
+        self.names = bindings.names
+        self.nodes = tuple(dict.fromkeys(bindings.nodes))
+        self.reason: str | None = None
+        self.created: list[fx.Node] = []
+
+    def __getitem__(self, name: str) -> Any:
+        return self.names[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.names.get(name, default)
+
+    def value(self, name: str) -> Tensor:
+        """The fake tensor of the node that `name` stands for: its shape and dtype."""
+        return self.names[name].meta["val"]
+
+    def shared(self) -> fx.Node | None:
+        """A covered node, not the root, that something outside the match uses too; None if there is none."""
+        covered = set(self.nodes)
+        for node in self.nodes:
+            if node is not self.root and not covered.issuperset(node.users):
+                return node
+        return None
+
+    def decline(self, reason: str) -> None:
+        """Leave the graph as it is, and say why. For use as `return match.decline(...)`."""
+        self.reason = reason
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node in the place of the root, with its shape from the shape rule."""
+        node = insert(self.graph, self.root, target, *args, origins=self.nodes, **kwargs)
+        self.created.append(node)
+        return node
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`rewrite(match)` gives the node that replaces the root of each match of `pattern`, or None to decline."""
+
+    name: str
+    pattern: Pattern
+    rewrite: Callable[[Match], fx.Node | None]
+
+
+def rewrite(graph: Graph, rules: Sequence[Rule]) -> PassResult:
+    """Apply the rules to every node, inputs before users, again and again until nothing changes.
+
+    The first rule that applies to a node wins. Nodes that are no longer used are erased, with their weights.
+    The misses are those that remain at the end.
+    """
+    result = PassResult()
+    while True:
+        result.misses = []
+        changed = 0
+        for node in list(graph.nodes):
+            if node.op == "call_function" and not node._erased:
+                changed += rewrite_node(graph, node, rules, result.misses)
+        if not changed:
+            return result
+        result.matches += changed
+
+
+def rewrite_node(graph: Graph, node: fx.Node, rules: Sequence[Rule], misses: list[Miss]) -> bool:
+    """Replace `node` by the first rule that applies; whether one did. Declined rules are added to `misses`."""
+    for rule in rules:
+        if rule.pattern.targets is not None and node.target not in rule.pattern.targets:
+            continue
+        reason = None
+        for bindings in rule.pattern.match(node, Bindings(graph, {}, ())):
+            match = Match(graph, node, bindings)
+            replacement = rule.rewrite(match)
+            if replacement is not None and replacement is not node:
+                replace(graph, node, replacement)
+                return True
+            for created in reversed(match.created):
+                graph.fx.erase_node(created)
+            reason = reason or match.reason
+        if reason is not None:
+            misses.append(Miss(node.name, rule.name, reason, source_line(node)))
+    return False
+
+
+def replace(graph: Graph, node: fx.Node, replacement: fx.Node) -> None:
+    """Let every user of `node` use `replacement` instead (the replacement itself may use it); erase what dies."""
+    node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user is not replacement)
+    erase_unused(graph, node)
+
+
+def insert(
+    graph: Graph, before: fx.Node, target: Any, *args: Any, origins: Iterable[fx.Node] = (), **kwargs: Any
+) -> fx.Node:
+    """A new call before the node `before`, with its value from the shape rule and the source line of `before`.
+
+    origins: the nodes it stands for; their names are kept in `meta["origins"]`.
+    """
+    with graph.fx.inserting_before(before):
+        node = graph.fx.call_function(target, args, kwargs)
+    node.meta["val"] = infer(graph, target, args, kwargs)
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in before.meta:
+            node.meta[key] = before.meta[key]
+    names = (name for origin in origins for name in origin.meta.get("origins", (origin.name,)))
+    node.meta["origins"] = tuple(dict.fromkeys(names))
+    if getattr(target, "namespace", None) == "effc" and graph.dialect == "traced":
+        graph.dialect = "fused"
+    return node
+
+
+def infer(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
+    """The shape and dtype that a call would have, as a fake tensor (or a size), from the op's shape rule."""
+    args, kwargs = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+    with fake_mode(graph), torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def fake_mode(graph: Graph) -> FakeTensorMode:
+    """The mode of the graph's fake tensors, which knows its symbolic sizes."""
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    raise ValueError(f"graph {graph.name!r} has no fake tensors: every node needs its value in meta['val']")
+
+
+def add_weight(graph: Graph, name: str, recipe: Weight) -> fx.Node:
+    """A new weight placeholder behind the others; the node's name may get a suffix to be unique."""
+    last = graph.placeholders[-1]
+    with graph.fx.inserting_after(last):
+        node = graph.fx.placeholder(name)
+    node.target = node.name
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty(recipe.shape, dtype=recipe.dtype, device=last.meta["val"].device)
+    graph.weights[node.name] = recipe
+    return node
+
+
+def erase_unused(graph: Graph, *nodes: fx.Node) -> int:
+    """Erase those of the nodes that nothing uses, then what only they used; how many went.
+
+    Calls that mutate something, inputs and states stay; a weight that nothing reads goes with its recipe.
+    """
+    erased = 0
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node._erased or node.users or not (removable_call(node) or node.name in graph.weights):
+            continue
+        pending.extend(node.all_input_nodes)
+        graph.weights.pop(node.name, None)
+        graph.fx.erase_node(node)
+        erased += 1
+    return erased
+
+
+def removable_call(node: fx.Node) -> bool:
+    return node.op == "call_function" and not node.is_impure()
+
+
+def source_line(node: fx.Node) -> str:
+    """The line of the model's source that made a node, as `file.py:12: code`; empty if it is not known."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]*)", line (\d+)[^\n]*\n\s*([^\n]*)', trace)
+    if not frames:
+        return ""
+    path, line, code = frames[-1]
+    return f"{path.rsplit('/', 1)[-1]}:{line}: {code.strip()}"
