@@ -1,0 +1,226 @@
+"""Trace a model to a graph with symbolic batch and length: parameters lifted to lazy weights, composites kept.
+
+    trace(model)            torch.export over `model(input_ids, attention_mask, position_ids)`; nothing is read
+    trace_dynamo(gm, args)  make_fx over a Dynamo graph, for `torch.compile`
+
+Both end in the "traced" dialect: functional ATen in which `linear`, `layer_norm`, `scaled_dot_product_attention` and
+the like are still one node each.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from .errors import InputError, ModelError
+from .graph import Graph
+from .weights import Cast, Constant, Read, TensorSource, Weight
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""What a causal language model is given; each [B, S] int64. Those that its `forward` accepts become inputs."""
+
+KEPT_META = ("val", "stack_trace", "nn_module_stack")
+
+EXAMPLE_SIZES = (2, 8)
+"""Batch and length of the example that is traced; 0 and 1 would be taken for constants."""
+
+
+def trace(model: Any, *, name: str = "forward") -> Graph:
+    """The graph of one call of a causal language model without a cache.
+
+    model: an `nn.Module` (transformers or not) whose `forward` takes `input_ids`, or a loaded model, whose
+    parameters may be on the meta device. Inputs: those of `INPUTS` that `forward` accepts, [B, S] with B and S
+    symbolic. Output: logits [B, S, V]. Weights are `Read` recipes by state dict name; tied weights are one
+    placeholder. Buffers are `Constant` recipes. Bounds that the trace derives on B and S are in `notes`.
+
+    Raises InputError for a model in training mode, ModelError for one that cannot be traced.
+    """
+    module = model if isinstance(model, nn.Module) else model.skeleton
+    source = None if isinstance(model, nn.Module) else model.source
+    if module.training:
+        raise InputError("expected a model in evaluation mode, found training mode: call model.eval() first")
+    inputs = _example_inputs(module)
+    names = _canonical_names(module)
+    with torch.no_grad(), _fake_parameters(module):
+        program = _export_with_some_attention(module, inputs)
+    return _to_graph(program, name, iter(inputs), names, source)
+
+
+class _Logits(nn.Module):
+    """A model called for its logits: positional arguments of the given names, no cache, one tensor out."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+        parameters = inspect.signature(model.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self.options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output = self.model(**dict(zip(self.names, inputs)), **self.options)
+        return output if isinstance(output, Tensor) else output.logits
+
+
+def _example_inputs(module: nn.Module) -> dict[str, Tensor]:
+    accepted = inspect.signature(module.forward).parameters
+    if "input_ids" not in accepted:
+        raise InputError(
+            f"expected a model whose forward takes input_ids, found {type(module).__name__}({', '.join(accepted)}): "
+            "use torch.compile(model, backend='effc') for other models"
+        )
+    batch, length = EXAMPLE_SIZES
+    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    examples = {
+        "input_ids": torch.zeros(batch, length, dtype=torch.int64, device=device),
+        "attention_mask": torch.ones(batch, length, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(length, device=device).repeat(batch, 1),
+    }
+    return {name: example for name, example in examples.items() if name in accepted}
+
+
+def _canonical_names(module: nn.Module) -> dict[str, str]:
+    """State dict name -> the first name under which the same tensor is known (tied weights)."""
+    first: dict[int, str] = {}
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+
+
+@contextmanager
+def _fake_parameters(module: nn.Module) -> Iterator[None]:
+    """Within: parameters and buffers on the meta device are fake tensors on the CPU, so that no weight is needed."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[Tensor, Tensor] = {}
+    replaced: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    for owner in module.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, tensor in table.items():
+                if tensor is None or not tensor.is_meta or isinstance(tensor, FakeTensor):
+                    continue
+                if tensor not in fakes:
+                    fake = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    fakes[tensor] = nn.Parameter(fake, requires_grad=False) if is_parameter else fake
+                replaced.append((table, name, tensor))
+    try:
+        for table, name, tensor in replaced:
+            table[name] = fakes[tensor]
+        yield
+    finally:
+        for table, name, tensor in replaced:
+            table[name] = tensor
+
+
+def _export_with_some_attention(module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
+    """Export with SDPA, or with eager attention where the model has no SDPA. The model's own choice is put back."""
+    select = getattr(module, "set_attn_implementation", None)
+    if select is None:
+        return _export(module, inputs)
+    chosen = module.config._attn_implementation
+    try:
+        try:
+            select("sdpa")
+        except ValueError:
+            select("eager")
+        return _export(module, inputs)
+    finally:
+        select(chosen)
+
+
+def _export(module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
+    """Export with batch and length symbolic; where the model bounds them, once more with the bounds it derives."""
+    from torch._dynamo.exc import UserError
+    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+    sizes = {0: Dim("B", min=1), 1: Dim("S", min=1)}
+    dynamic = ((sizes,) * len(inputs),)
+    wrapper = _Logits(module, inputs).eval()
+
+    def export(dynamic: Any) -> ExportedProgram:
+        program = torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
+        return program.run_decompositions({})
+
+    try:
+        try:
+            return export(dynamic)
+        except UserError as error:
+            if "Suggested fixes:" not in str(error):
+                raise
+            return export(refine_dynamic_shapes_from_suggested_fixes(str(error), dynamic))
+    except Exception as error:
+        raise ModelError(_refusal(module, error)) from error
+
+
+def _refusal(module: nn.Module, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{type(module).__name__} cannot be traced with a symbolic batch and length: {reason}"
+
+
+def _to_graph(
+    program: ExportedProgram,
+    name: str,
+    inputs: Iterator[str],
+    names: Mapping[str, str],
+    source: TensorSource | None,
+) -> Graph:
+    nodes = program.graph
+    weights: dict[str, Weight] = {}
+    placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs):
+        if spec.kind is InputKind.USER_INPUT:
+            _rename(node, next(inputs))
+            continue
+        if not node.users:
+            nodes.erase_node(node)
+            continue
+        target = str(spec.target).removeprefix("model.")
+        recipe = _recipe(program, node, spec.target, names.get(target, target), source)
+        _rename(node, names.get(target, target).replace(".", "_"))
+        weights[node.name] = recipe
+    for node in nodes.nodes:
+        node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+    module = fx.GraphModule(program.graph_module, nodes)
+    return Graph(module, name=name, weights=weights, notes=_bounds(program))
+
+
+def _rename(placeholder: fx.Node, name: str) -> None:
+    placeholder._rename(name)
+    placeholder.target = placeholder.name
+
+
+def _recipe(program: ExportedProgram, node: fx.Node, target: str, name: str, source: TensorSource | None) -> Weight:
+    """The recipe of a lifted parameter, buffer or constant of the traced module."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    fake = node.meta["val"]
+    tensor = program.state_dict.get(target)
+    if tensor is None:
+        tensor = program.constants[target]
+    if isinstance(tensor, nn.Parameter) or (source is not None and name in source.names):
+        if source is None:
+            return Read(name, tuple(fake.shape), fake.dtype)
+        recipe = Read(name, source.shape(name), source.dtype(name))
+        return recipe if recipe.dtype == fake.dtype else Cast(recipe, fake.dtype)
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        raise ModelError(f"buffer {name} is on the meta device: expected its values, which the trace needs")
+    return Constant.of(tensor)
+
+
+def _bounds(program: ExportedProgram) -> list[str]:
+    """What the trace found out about the symbolic sizes beyond `>= 1`."""
+    from torch.utils._sympy.numbers import int_oo
+
+    return [
+        f"size {symbol} is bounded by the model: {bounds.lower} to {bounds.upper}"
+        for symbol, bounds in program.range_constraints.items()
+        if bounds.lower > 2 or bounds.upper < int_oo
+    ]
