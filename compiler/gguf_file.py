@@ -1,0 +1,223 @@
+"""A GGUF file as a source of tensors, and how its names and layouts map to those of a transformers model.
+
+The reader, the dequantization and the name tables are those of the `gguf` package. What is written here is the layout
+that llama.cpp's converter gave some tensors, undone as weight recipes.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+from .weights import Add, Concat, Constant, Read, Reshape, Shape, Transpose, Weight, read
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+MAGIC = b"GGUF"
+
+
+class GgufSource:
+    """The tensors of a GGUF file under the file's own names, mapped into memory and dequantized to fp32 when read.
+
+    Raises ModelError where the file is missing, is no GGUF file, or is shorter than its header says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                start = file.read(len(MAGIC))
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror}; check the path") from error
+        if start != MAGIC:
+            raise ModelError(f"{path} is not a GGUF file: expected it to start with {MAGIC!r}, found {start!r}")
+        try:
+            self._reader = _header_reader()(path, mode="c")
+        except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
+            raise ModelError(
+                f"{path} is truncated or damaged: expected what its header lists, found {path.stat().st_size} bytes "
+                f"({_one_line(error)}); get the file again"
+            ) from error
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`: the family as llama.cpp names it."""
+        return str(self.field("general.architecture", "unknown"))
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """A scalar or text of the file's metadata."""
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def quantization(self, name: str) -> str:
+        """The block format that the file keeps `name` in: F32, F16, Q8_0, Q4_1, ..."""
+        return self._tensors[name].tensor_type.name
+
+    def shape(self, name: str) -> Shape:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str) -> Tensor:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ModelError(f"{self.path}: {name} is stored as {self.quantization(name)}: {error}") from error
+        return torch.from_numpy(values).reshape(self.shape(name))
+
+
+@cache
+def _header_reader() -> type:
+    """gguf's reader, stepping over arrays: slicing a vocabulary of 49,152 texts takes it 2 s, unused here."""
+    from gguf import GGUFReader, GGUFValueType
+
+    class HeaderReader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            item, length = struct.unpack_from("<IQ", self.data, orig_offs)
+            end = orig_offs + struct.calcsize("<IQ")
+            if item in self.gguf_scalar_to_np:
+                end += length * self.gguf_scalar_to_np[item]().itemsize
+            elif item == GGUFValueType.STRING:
+                for _ in range(length):
+                    end += 8 + struct.unpack_from("<Q", self.data, end)[0]
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)
+            return end - orig_offs, [self.data[orig_offs:end]], [0], [GGUFValueType.ARRAY, GGUFValueType(item)]
+
+    return HeaderReader
+
+
+Undo = Callable[[Weight, "PretrainedConfig"], Weight]
+
+
+def unpermute_q(weight: Weight, config: PretrainedConfig) -> Weight:
+    return _unpermute(weight, config.num_attention_heads)
+
+
+def unpermute_k(weight: Weight, config: PretrainedConfig) -> Weight:
+    return _unpermute(weight, config.num_key_value_heads)
+
+
+def _unpermute(weight: Weight, heads: int) -> Weight:
+    """Rope pairs beside each other --> one half of the head after the other, as transformers rotates them.
+
+    [heads * (head_dim / 2) * 2, ...] --> [heads * 2 * (head_dim / 2), ...]
+    """
+    rows, *rest = weight.shape
+    pairs = Reshape(weight, (heads, rows // heads // 2, 2, *rest))
+    return Reshape(Transpose(pairs, (0, 2, 1, *range(3, 3 + len(rest)))), weight.shape)
+
+
+def transposed(weight: Weight, config: PretrainedConfig) -> Weight:
+    """GPT-2's Conv1D keeps [in, out]; the file keeps [out, in]."""
+    return Transpose(weight, (1, 0))
+
+
+def without_one(weight: Weight, config: PretrainedConfig) -> Weight:
+    """A norm that multiplies by `1 + weight`: the file keeps the sum."""
+    return Add(weight, Constant.of(torch.tensor(-1.0, dtype=weight.dtype)))
+
+
+def interleaved_by_head(weight: Weight, config: PretrainedConfig) -> Weight:
+    """Bloom: [3, heads, head_dim, ...] --> [heads, 3, head_dim, ...]."""
+    rows, *rest = weight.shape
+    split = Reshape(weight, (3, config.n_head, rows // 3 // config.n_head, *rest))
+    return Reshape(Transpose(split, (1, 0, 2, *range(3, 3 + len(rest)))), weight.shape)
+
+
+# What llama.cpp's converter did to the tensors of each architecture: (pattern over the file's names, how to undo it).
+LAYOUTS: dict[str, tuple[tuple[str, Undo], ...]] = {
+    "llama": ((r"\.attn_q\.", unpermute_q), (r"\.attn_k\.", unpermute_k)),
+    "qwen2": (),
+    "qwen2moe": (),
+    "qwen3": (),
+    "qwen3moe": (),
+    "phi3": (),
+    "stablelm": (),
+    "starcoder2": (),
+    "nemotron": ((r"norm\.weight$", without_one),),
+    "gemma2": ((r"norm\.weight$", without_one),),
+    "gemma3": ((r"norm\.weight$", without_one),),
+    "gpt2": ((r"\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$", transposed),),
+    "bloom": ((r"\.attn_qkv\.", interleaved_by_head),),
+}
+
+
+def check_architecture(source: GgufSource) -> None:
+    """Raises ModelError for an architecture whose layout is not known here."""
+    if source.architecture not in LAYOUTS:
+        raise ModelError(
+            f"{source.path}: unsupported architecture {source.architecture!r} in a GGUF file; "
+            f"expected one of {', '.join(sorted(LAYOUTS))}"
+        )
+
+
+class GgufNames:
+    """From the names of a transformers model to recipes over the tensors of its GGUF file."""
+
+    def __init__(self, source: GgufSource, config: PretrainedConfig) -> None:
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        check_architecture(source)
+        self._source = source
+        self._config = config
+        architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == source.architecture)
+        self._map = get_tensor_name_map(architecture, config.num_hidden_layers)
+
+    def recipe(self, name: str) -> Weight | None:
+        """The recipe for the parameter `name`; None where the file does not hold it."""
+        if merged := re.fullmatch(r"(.*\.experts)\.gate_up_proj", name):
+            parts = [self._stored(f"{merged[1]}.{part}_proj", ".weight") for part in ("gate", "up")]
+            return Concat(tuple(parts), dim=1) if all(parts) else None
+        base, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias"):
+            return self._stored(name, ".weight")
+        weight = self._stored(base, f".{kind}")
+        if weight is not None and name.endswith("shared_expert_gate.weight") and len(weight.shape) == 1:
+            return Reshape(weight, (1, *weight.shape))
+        return weight
+
+    def _stored(self, base: str, suffix: str) -> Weight | None:
+        """The file's tensor for a module path, with what the converter did to it undone."""
+        for path in _paths(base):
+            stored = self._map.get_name(path)
+            if stored is not None and stored + suffix in self._source.names:
+                return self._undone(read(self._source, stored + suffix))
+        return None
+
+    def _undone(self, weight: Read) -> Weight:
+        for pattern, undo in LAYOUTS[self._source.architecture]:
+            if re.search(pattern, weight.name):
+                return undo(weight, self._config)
+        return weight
+
+
+def _paths(base: str) -> Iterator[str]:
+    """`transformer.h.0.ln_1`, `h.0.ln_1`, ...: gguf's tables name some families without their outer module."""
+    while base:
+        yield base
+        base = base.partition(".")[2]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
