@@ -6,8 +6,10 @@ goes where the dot stands.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
-C_TYPES = {"fp32": "float", "bf16": "uint16_t", "fp16": "uint16_t", "i8": "int8_t"}
+TYPES = {"fp32": "float", "bf16": "dot::bfloat16", "fp16": "dot::float16", "i8": "int8_t"}
+HELPERS = Path(__file__).with_name("dot.h").read_text()
 
 
 @dataclass(frozen=True)
@@ -59,48 +61,7 @@ def emit_dot(
     """
     bm, bn, bk = shape
     acc_type = "int32_t" if a.dtype == "i8" else "float"
-
-    def limit(size: int, given: str | None) -> str:
-        return str(size) if given is None else f"(({given}) < {size} ? ({given}) : {size})"
-
-    def element(operand: Operand, i: str, j: str) -> str:
-        pointer = f"((const {C_TYPES[operand.dtype]} *)({operand.pointer}))"
-        value = f"{pointer}[{i} * ({operand.row_stride}) + {j} * ({operand.col_stride})]"
-        wrap = {"bf16": "dot_from_bf16", "fp16": "dot_from_fp16", "i8": "(int32_t)"}.get(operand.dtype, "")
-        return f"{wrap}({value})"
-
-    body = [
-        f"for (int64_t i = 0; i < {limit(bm, rows)}; ++i)",
-        f"  for (int64_t j = 0; j < {limit(bn, cols)}; ++j) {{",
-        f"    {acc_type} sum = 0;",
-        f"    for (int64_t k = 0; k < {limit(bk, depth)}; ++k) sum += {element(a, 'i', 'k')} * {element(b, 'k', 'j')};",
-        f"    ({acc})[i * {bn} + j] += sum;",
-        "  }",
-    ]
-    return DotCode((SCALAR_CONVERSIONS,), [indent + line for line in body])
-
-
-SCALAR_CONVERSIONS = """\
-#ifndef DOT_SCALAR_CONVERSIONS
-#define DOT_SCALAR_CONVERSIONS
-#include <cstdint>
-#include <cstring>
-static inline float dot_from_bf16(uint16_t half) {
-  uint32_t bits = (uint32_t)half << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-static inline float dot_from_fp16(uint16_t half) {
-  uint32_t sign = (uint32_t)(half & 0x8000) << 16, bits = (uint32_t)(half & 0x7fff) << 13;
-  float value;
-  bits += (half & 0x7c00) == 0x7c00 ? 0x70000000 : 0;  // infinity and NaN keep an all-ones exponent
-  memcpy(&value, &bits, 4);
-  value *= 0x1p112f;
-  memcpy(&bits, &value, 4);
-  bits |= sign;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-#endif
-"""
+    left, right = (f"(const {TYPES[x.dtype]} *)({x.pointer}), {x.row_stride}, {x.col_stride}" for x in (a, b))
+    limits = ", ".join(str(size) if given is None else given for size, given in zip(shape, (rows, cols, depth)))
+    call = f"dot::accumulate<{lanes}, {bm}, {bn}, {bk}, {acc_type}>"
+    return DotCode((HELPERS,), [f"{indent}{call}({left}, {right}, {acc}, {limits});"])

@@ -1,0 +1,212 @@
+"""tt.dot in C++: exact or near-exact against float64, ragged limits, and nothing outside them read or written."""
+
+import ctypes
+import mmap
+import multiprocessing
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from effc.codegen.cpu.dot import DotCode, Operand, emit_dot
+
+FLAGS = {16: "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl", 8: "-mavx2 -mfma -mf16c", 4: ""}
+C_TYPES = {"fp32": "float", "bf16": "uint16_t", "fp16": "uint16_t", "i8": "int8_t"}
+LAYOUTS = ("row", "column", "strided")  # contiguous along the second dimension, along the first, along neither
+SHAPES = [(64, 64, 64), (16, 32, 128), (4, 16, 64), (1, 128, 16), (8, 8, 32), (32, 4, 16), (2, 2, 4), (16, 1, 1)]
+
+
+def host_lanes() -> list[int]:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return [n for n in FLAGS if all(flag[2:] in found for flag in FLAGS[n].split())]
+
+
+def storage(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round float64 values to `dtype`, in the type that C sees (bits for the 16-bit floats)."""
+    if dtype == "bf16":
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    if dtype == "fp16":
+        return values.astype(np.float16).view(np.uint16)
+    return values.astype({"fp32": np.float32, "i8": np.int8}[dtype])
+
+
+def as_float64(stored: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bf16":
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return (stored.view(np.float16) if dtype == "fp16" else stored).astype(np.float64)
+
+
+def strides(shape: tuple[int, int], layout: str) -> tuple[int, int]:
+    return {"row": (shape[1] + 3, 1), "column": (1, shape[0] + 5), "strided": (2 * shape[1] + 1, 2)}[layout]
+
+
+def function(name: str, shape: tuple[int, int, int], dtypes: tuple[str, str], layouts: tuple[str, str], lanes: int):
+    """C++ of `name(a, b, acc, rows, cols, depth)` around one dot."""
+    bm, bn, bk = shape
+    operands = [
+        Operand(pointer, *map(str, strides(tile, layout)), dtype)
+        for pointer, tile, layout, dtype in zip("ab", [(bm, bk), (bk, bn)], layouts, dtypes)
+    ]
+    dot = emit_dot(*operands, "acc", shape, lanes=lanes, rows="rows", cols="cols", depth="depth", indent="  ")
+    a_type, b_type = (C_TYPES[dtype] for dtype in dtypes)
+    acc_type = "int32_t" if dtypes[0] == "i8" else "float"
+    arguments = f"const {a_type} *a, const {b_type} *b, {acc_type} *acc, int rows, int cols, int depth"
+    return dot, "\n".join([f'extern "C" void {name}({arguments}) {{', *dot.body, "}"])
+
+
+@pytest.fixture(scope="module", params=host_lanes())
+def library(request, tmp_path_factory):
+    """Every case of the sweep compiled into one library: (lanes, {case: C function})."""
+    lanes = request.param
+    pairs = [("fp32", "fp32"), ("fp32", "bf16"), ("fp16", "fp16"), ("i8", "i8")]
+    cases = [(shape, dtypes, (x, y)) for shape in SHAPES for dtypes in pairs for x in LAYOUTS for y in LAYOUTS]
+    kept = [case for n, case in enumerate(cases) if case[1] == ("fp32", "fp32") or n % 4 == 0]
+    body = ["#include <cstdint>"]
+    for n, case in enumerate(kept):
+        dot, text = function(f"dot_{n}", *case, lanes)
+        assert isinstance(dot, DotCode)
+        body += [*dot.helpers, text]
+    return lanes, dict(zip(kept, build("\n".join(body), lanes, tmp_path_factory.mktemp("dot"), len(kept))))
+
+
+def build(source: str, lanes: int, folder: Path, functions: int) -> list:
+    (folder / "dot.cpp").write_text(source)
+    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", *FLAGS[lanes].split()]
+    compiler = shutil.which("g++")
+    assert compiler, "these tests need g++"
+    command = [compiler, *flags, str(folder / "dot.cpp"), "-o", str(folder / "dot.so")]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(folder / "dot.so"))
+    return [getattr(loaded, f"dot_{n}") for n in range(functions)]
+
+
+def place(values: np.ndarray, layout: str, canary: float, dtype: str) -> np.ndarray:
+    """Lay `values` out in a flat buffer whose unused elements hold the canary."""
+    row, col = strides(values.shape, layout)
+    size = (values.shape[0] - 1) * row + (values.shape[1] - 1) * col + 1
+    flat = storage(np.full(size, canary), dtype)
+    np.lib.stride_tricks.as_strided(flat, values.shape, (row * flat.itemsize, col * flat.itemsize))[:] = values
+    return flat
+
+
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    raw = np.empty(array.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    out = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    out[:] = array
+    return out
+
+
+def check(call, shape, dtypes, layouts, limits, rng) -> None:
+    bm, bn, bk = shape
+    rows, cols, depth = (max(0, min(limit, size)) for limit, size in zip(limits, shape))
+    is_int = dtypes[0] == "i8"
+    draw = (lambda size: rng.integers(-128, 128, size)) if is_int else rng.standard_normal
+    a, b = storage(draw((bm, bk)), dtypes[0]), storage(draw((bk, bn)), dtypes[1])
+    poison = 77 if is_int else np.nan  # a read past a limit shows in the result
+    poisoned_a, poisoned_b = (storage(np.full(x.shape, poison), d) for x, d in zip((a, b), dtypes))
+    poisoned_a[:rows, :depth], poisoned_b[:depth, :cols] = a[:rows, :depth], b[:depth, :cols]
+    start = rng.integers(-9, 9, (bm, bn)).astype(np.int32 if is_int else np.float32)
+    acc = aligned_copy(start)
+
+    flats = [place(x, layout, poison, d) for x, layout, d in zip((poisoned_a, poisoned_b), layouts, dtypes)]
+    call(*(ctypes.c_void_p(x.ctypes.data) for x in (*flats, acc)), *limits)
+
+    a64, b64 = as_float64(a, dtypes[0])[:rows, :depth], as_float64(b, dtypes[1])[:depth, :cols]
+    expected = start.astype(np.float64)
+    expected[:rows, :cols] += a64 @ b64
+    tolerance = np.zeros((bm, bn))
+    if not is_int:
+        tolerance[:rows, :cols] = (np.abs(a64) @ np.abs(b64) + 9) * (depth + 1) * 2.0**-24
+    error = np.abs(acc - expected)
+    assert (error <= tolerance).all(), f"{shape} {dtypes} {layouts} {limits}: {error.max()} > {tolerance.max()}"
+
+
+def test_whole_tiles_match_float64(library):
+    seed = 1
+    print(f"seed {seed}")
+    for (shape, dtypes, layouts), call in library[1].items():
+        check(call, shape, dtypes, layouts, shape, np.random.default_rng(seed))
+
+
+def test_limits_are_kept_and_nothing_past_them_counts(library):
+    seed = int(np.random.SeedSequence().entropy % 2**32)
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    for (shape, dtypes, layouts), call in library[1].items():
+        for _ in range(4):
+            limits = tuple(int(rng.integers(1, size + 1)) for size in shape)
+            check(call, shape, dtypes, layouts, limits, rng)
+
+
+def test_limits_outside_the_tile_are_clamped(library):
+    rng = np.random.default_rng(0)
+    for (shape, dtypes, layouts), call in library[1].items():
+        check(call, shape, dtypes, layouts, (10**6, 10**6, 10**6), rng)
+        for limits in ((0, *shape[1:]), (shape[0], 0, shape[2]), (*shape[:2], 0), (-1, -1, -1)):
+            check(call, shape, dtypes, layouts, limits, rng)
+
+
+def test_infinity_and_nan_stay_in_their_row_and_column(library):
+    for (shape, dtypes, layouts), call in library[1].items():
+        if "i8" in dtypes:
+            continue
+        a, b = np.ones((shape[0], shape[2])), np.ones((shape[2], shape[1]))
+        a[0, 0], b[-1, -1] = np.inf, np.nan
+        acc = aligned_copy(np.zeros(shape[:2], np.float32))
+        flats = [place(storage(x, d), layout, 0, d) for x, layout, d in zip((a, b), layouts, dtypes)]
+        call(*(ctypes.c_void_p(x.ctypes.data) for x in (*flats, acc)), *shape)
+        assert np.isnan(acc[:, -1]).all()
+        assert np.isposinf(acc[0, :-1]).all()
+        assert (acc[1:, :-1] == shape[2]).all()
+
+
+def test_every_16_bit_float_converts_exactly(library):
+    """An identity on the left copies b: all 65,536 patterns, in tiles of 16 x 32 and of one element."""
+    for (shape, dtypes, layouts), call in library[1].items():
+        if dtypes not in {("fp32", "bf16"), ("fp16", "fp16")} or layouts[0] != "row":
+            continue
+        bm, bn, bk = shape
+        size = min(bm, bk)
+        one = place(storage(np.eye(bm, bk), dtypes[0]), layouts[0], 0, dtypes[0])
+        patterns = np.arange(65536, dtype=np.uint16)
+        values = as_float64(patterns, dtypes[1])
+        finite = patterns[np.isfinite(values)]  # 0 * infinity would leave its own row
+        for tile in np.resize(finite, (-(-len(finite) // (bk * bn)), bk, bn))[:: max(1, 512 // (bk * bn))]:
+            acc = aligned_copy(np.zeros((bm, bn), np.float32))
+            flat = place(tile, layouts[1], 0, dtypes[1])
+            call(*(ctypes.c_void_p(x.ctypes.data) for x in (one, flat, acc)), *shape)
+            assert (acc[:size] == as_float64(tile, dtypes[1])[:size]).all()
+
+
+def run_before_a_guard_page(cases) -> None:
+    """Both operands end where an unreadable page begins, at full and at ragged limits."""
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None)
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    rng = np.random.default_rng(0)
+    for (shape, dtypes, layouts), call in cases.items():
+        for limits in (shape, tuple(int(rng.integers(1, size + 1)) for size in shape)):
+            rows, cols, depth = limits
+            pointers, kept = [], []
+            for tile, used, layout, dtype in zip(
+                [(shape[0], shape[2]), (shape[2], shape[1])], [(rows, depth), (depth, cols)], layouts, dtypes
+            ):
+                row, col = strides(tile, layout)
+                size = ((used[0] - 1) * row + (used[1] - 1) * col + 1) * storage(np.zeros(1), dtype).itemsize
+                buffer = mmap.mmap(-1, -(-size // page) * page + page)
+                end = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) + len(buffer) - page
+                assert libc.mprotect(end, page, 0) == 0
+                pointers.append(ctypes.c_void_p(end - size))
+                kept.append(buffer)
+            acc = aligned_copy(np.zeros(shape[:2], np.int32 if dtypes[0] == "i8" else np.float32))
+            call(*pointers, ctypes.c_void_p(acc.ctypes.data), *limits)
+
+
+def test_nothing_past_the_operands_is_read(library):
+    child = multiprocessing.get_context("fork").Process(target=run_before_a_guard_page, args=(library[1],))
+    child.start()
+    child.join()
+    assert child.exitcode == 0, f"exit code {child.exitcode}: -11 means that a page past an operand was read"
