@@ -1,0 +1,443 @@
+"""One spelling for each idea, so that the passes that follow need one pattern each.
+
+    view, _unsafe_view, flatten, unflatten             -->  reshape(x, sizes), sizes explicit where known
+    transpose, t, mT                                   -->  permute(x, dims); two in a row are one
+    to, type_as, _to_copy                              -->  _to_copy(x, dtype=...); none where nothing changes
+    getitem(split | chunk | unbind)                    -->  slice or select
+    clone, contiguous, alias, detach, dropout in eval  -->  x
+    add(x, 0), mul(x, 1), x[:], expand to its own size -->  x
+    add.Scalar(x, 2), div(x, full([], 2))              -->  add.Tensor(x, 2), div.Tensor(x, 2)
+    x * x, square(x), pow(x, 2.0)                      -->  pow(x, 2)
+    __and__, logical_and of bools                      -->  bitwise_and
+    sym_size of anything                               -->  sym_size of the first input with that size, or an int
+
+Dimensions count from the front, trailing arguments that equal their default are left out, equal calls are merged,
+and dead code and assertions go.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compiler.graph import Graph, is_tensor, size_expr
+from ..compiler.pattern import any_, arguments, const, op, tensor
+from ..compiler.rewrite import Match, PassResult, Rule, insert, replace, rewrite
+from ..compiler.weights import Constant
+from .cleanup import erase_dead_code, merge_equal_calls
+
+aten = torch.ops.aten
+
+X = tensor("x")
+
+RESHAPE = op(aten.reshape.default, aten.view.default, aten._unsafe_view.default, X, any_("sizes"))
+FLATTEN = op(aten.flatten.using_ints, X, any_("start"), any_("end")) | op(
+    aten.unflatten.int, X, any_("dim"), any_("sizes")
+)
+TRANSPOSE = op(aten.transpose.int, X, any_("dim0"), any_("dim1")) | op(
+    aten.t.default, aten.numpy_T.default, aten.mT.default, X
+)
+PERMUTE = op(aten.permute.default, X, any_("dims"))
+CONVERSIONS = frozenset(
+    {
+        aten._to_copy.default,
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.to.other,
+        aten.type_as.default,
+    }
+)
+COPIES = frozenset(
+    {
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+        aten.lift_fresh.default,
+        aten.resolve_conj.default,
+        aten.resolve_neg.default,
+    }
+)
+DROPOUT = op(aten.dropout.default, aten.feature_dropout.default, X, any_("p"), False)
+EXPAND = op(aten.expand.default, X, any_("sizes"))
+SLICE = op(aten.slice.Tensor, X, any_("dim"), any_("start"), any_("end"), any_("step"))
+ITEM = op(operator.getitem, any_("parts"), const("index"))
+SPLITS = frozenset(
+    {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int}
+)
+ADD_ZERO = op(aten.add.Tensor, aten.sub.Tensor, X, 0)
+TIMES_ONE = op(aten.mul.Tensor, aten.div.Tensor, X, 1) | op(aten.pow.Tensor_Scalar, X, 1)
+SQUARE = op(aten.mul.Tensor, X, X) | op(aten.square.default, X)
+POWER = op(aten.pow.Tensor_Scalar, X, const("exponent"))
+LOGICAL = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.logical_and.default: aten.bitwise_and.Tensor,
+    aten.logical_or.default: aten.bitwise_or.Tensor,
+    aten.logical_not.default: aten.bitwise_not.default,
+}
+SCALAR_OVERLOADS = {
+    getattr(aten, name).Scalar: getattr(aten, name).Tensor
+    for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or")
+}
+BINARY = frozenset(SCALAR_OVERLOADS.values())
+ASSERTIONS = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_scalar.default,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+    }
+)
+IGNORED_ARGUMENTS = {
+    "pin_memory": (None, False),
+    "layout": (None, torch.strided),
+    "cudnn_enable": (True, False),
+    "scale_grad_by_freq": (False, True),
+    "sparse": (False, True),
+}
+"""Arguments that say nothing about the result of inference, with the values for which that holds."""
+
+
+def to_reshape(match: Match) -> fx.Node | None:
+    x, value = match["x"], match.root.meta["val"]
+    if same_sizes(x, match.root):
+        return x
+    if x.target == aten.reshape.default:
+        x = x.args[0]
+    sizes = [
+        given if isinstance(given, fx.Node) or not isinstance(size, int) else size
+        for given, size in zip(match["sizes"], value.shape)
+    ]
+    if same_sizes(x, match.root):
+        return x
+    if match.root.target == aten.reshape.default and match.root.args == (x, sizes):
+        return None
+    return match.call(aten.reshape.default, x, sizes)
+
+
+def to_explicit_reshape(match: Match) -> fx.Node | None:
+    """A reshape whose sizes the op does not spell out: at most one symbolic size can be left to be inferred."""
+    sizes = [size if isinstance(size, int) else -1 for size in match.root.meta["val"].shape]
+    if sizes.count(-1) > 1:
+        known = {size_expr(size): dim for dim, size in enumerate(match["x"].meta["val"].shape)}
+        for dim, size in enumerate(match.root.meta["val"].shape):
+            if sizes[dim] == -1 and size_expr(size) in known:
+                sizes[dim] = match.call(aten.sym_size.int, match["x"], known[size_expr(size)])
+    if sizes.count(-1) > 1:
+        return match.decline("more than one size is not a size of its input")
+    return match.call(aten.reshape.default, match["x"], sizes)
+
+
+def to_permute(match: Match) -> fx.Node | None:
+    x = match["x"]
+    rank = x.meta["val"].ndim
+    dims = list(range(rank))
+    if match.root.target == aten.numpy_T.default:
+        dims.reverse()
+    else:
+        first, second = match.get("dim0", -2), match.get("dim1", -1)
+        if rank > 1:
+            dims[first], dims[second] = dims[second], dims[first]
+    return permuted(match, x, dims)
+
+
+def to_one_permute(match: Match) -> fx.Node | None:
+    x = match["x"]
+    dims = [dim % x.meta["val"].ndim for dim in match["dims"]]
+    if x.target == aten.permute.default or dims == sorted(dims):
+        return permuted(match, x, dims)
+    return None
+
+
+def permuted(match: Match, x: fx.Node, dims: list[int]) -> fx.Node:
+    if x.target == aten.permute.default:
+        inner = [dim % len(dims) for dim in x.args[1]]
+        x, dims = x.args[0], [inner[dim] for dim in dims]
+    return x if dims == sorted(dims) else match.call(aten.permute.default, x, dims)
+
+
+def to_cast(match: Match) -> fx.Node | None:
+    x = match.root.args[0]
+    before, after = x.meta["val"], match.root.meta["val"]
+    if before.device != after.device or before.layout != after.layout:
+        return None
+    if before.dtype == after.dtype:
+        return x
+    if is_cast(x) and holds(x.args[0].meta["val"].dtype, before.dtype) and x.args[0].meta["val"].dtype == after.dtype:
+        return x.args[0]
+    if is_cast(match.root):
+        return None
+    return match.call(aten._to_copy.default, x, dtype=after.dtype)
+
+
+def is_cast(node: fx.Node) -> bool:
+    return node.target == aten._to_copy.default and set(node.kwargs) == {"dtype"}
+
+
+def holds(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether every value of the floating-point type `narrow` is one of `wide`."""
+    return (
+        narrow.is_floating_point
+        and wide.is_floating_point
+        and torch.finfo(narrow).eps >= torch.finfo(wide).eps
+        and torch.finfo(narrow).tiny >= torch.finfo(wide).tiny
+    )
+
+
+def to_its_input(match: Match) -> fx.Node:
+    return match.root.args[0]
+
+
+def to_input_if_same(match: Match) -> fx.Node | None:
+    """x op neutral element --> x, where neither the dtype nor the sizes change."""
+    unchanged = match["x"].meta["val"].dtype == match.root.meta["val"].dtype and same_sizes(match["x"], match.root)
+    return match["x"] if unchanged else None
+
+
+def to_slice(match: Match) -> fx.Node | None:
+    x, dim, start, end, step = (match[name] for name in ("x", "dim", "start", "end", "step"))
+    if step == 1 and same_sizes(x, match.root):
+        return x
+    size = x.meta["val"].shape[dim]
+    start = 0 if start is None else start
+    if isinstance(size, int) and isinstance(start, int) and (end is None or isinstance(end, int)):
+        start, end, step = slice(start, end, step).indices(size)
+    args = (x, dim, start, end, step) if step != 1 else (x, dim, start, end)
+    return None if match.root.args == args else match.call(aten.slice.Tensor, *args)
+
+
+def to_part(match: Match) -> fx.Node | None:
+    """getitem(split(x, ...), i) --> slice(x, dim, start, end);  getitem(unbind(x), i) --> select(x, dim, i)"""
+    parts, index = match["parts"], match["index"]
+    if not isinstance(parts, fx.Node) or parts.target not in SPLITS:
+        return None
+    x = parts.args[0]
+    dim = arguments(parts)["dim"] % x.meta["val"].ndim
+    if parts.target == aten.unbind.int:
+        return match.call(aten.select.int, x, dim, index)
+    ends = [0]
+    for part in parts.meta["val"]:
+        ends.append(ends[-1] + part.shape[dim])
+    index %= len(ends) - 1
+    if not all(isinstance(end, int) for end in ends):
+        return match.decline("the sizes of the parts are not known while compiling")
+    if len(ends) == 2:
+        return x
+    return match.call(aten.slice.Tensor, x, dim, ends[index], ends[index + 1])
+
+
+def to_square(match: Match) -> fx.Node:
+    return match.call(aten.pow.Tensor_Scalar, match["x"], 2)
+
+
+def to_known_power(match: Match) -> fx.Node | None:
+    """Powers that PyTorch computes as another function, or with an integer exponent in floating point."""
+    exponent = match["exponent"]
+    if exponent in (0.5, -0.5) and match.value("x").is_floating_point():
+        return match.call(aten.sqrt.default if exponent > 0 else aten.rsqrt.default, match["x"])
+    if isinstance(exponent, float) and exponent.is_integer() and match.value("x").is_floating_point():
+        return match.call(aten.pow.Tensor_Scalar, match["x"], int(exponent))
+    return None
+
+
+def to_bitwise(match: Match) -> fx.Node | None:
+    values = [node.meta["val"] for node in match.root.args if is_tensor(node)]
+    if len(values) < len(match.root.args) or any(value.dtype != torch.bool for value in values):
+        return None
+    return match.call(LOGICAL[match.root.target], *match.root.args)
+
+
+def to_tensor_overload(match: Match) -> fx.Node | None:
+    if len(match.root.args) != 2 or match.root.kwargs:
+        return None
+    return match.call(SCALAR_OVERLOADS[match.root.target], *match.root.args)
+
+
+def to_number(match: Match) -> fx.Node | None:
+    """A binary op with a tensor of no dimensions whose value is known --> the same with a number."""
+    args = list(match.root.args)
+    for position in (1, 0):
+        number = known_number(match.graph, args[position])
+        if number is not None and position == 0 and match.root.target in COMMUTATIVE:
+            args = [args[1], number]
+        elif number is not None and position == 1:
+            args[1] = number
+        else:
+            continue
+        if not is_tensor(args[0]):
+            return None
+        replacement = match.call(match.root.target, *args, **match.root.kwargs)
+        same = replacement.meta["val"].dtype == match.root.meta["val"].dtype
+        return replacement if same and same_sizes(replacement, match.root) else None
+    return None
+
+
+COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.eq.Tensor, aten.ne.Tensor})
+
+
+def known_number(graph: Graph, value: Any) -> float | None:
+    if not is_tensor(value) or value.meta["val"].ndim or value.meta["val"].dtype == torch.bool:
+        return None
+    recipe = graph.weights.get(value.name)
+    if isinstance(recipe, Constant):
+        return recipe.tensor.item()
+    if value.target in (aten.full.default, aten.scalar_tensor.default):
+        number = value.args[-1]
+        if isinstance(number, (int, float)):
+            return torch.tensor(number, dtype=value.meta["val"].dtype).item()
+    return None
+
+
+class AnyCall:
+    """A call of one of the targets, whatever its arguments."""
+
+    def __init__(self, targets: Any) -> None:
+        self.targets = frozenset(targets)
+
+    def match(self, value: fx.Node, bindings: Any) -> Any:
+        yield bindings._replace(nodes=(*bindings.nodes, value))
+
+
+RULES = (
+    Rule("reshape", RESHAPE, to_reshape),
+    Rule("flatten", FLATTEN, to_explicit_reshape),
+    Rule("transpose", TRANSPOSE, to_permute),
+    Rule("permute", PERMUTE, to_one_permute),
+    Rule("cast", AnyCall(CONVERSIONS), to_cast),
+    Rule("copy", AnyCall(COPIES), to_its_input),
+    Rule("dropout", DROPOUT, to_its_input),
+    Rule("expand", EXPAND, to_input_if_same),
+    Rule("slice", SLICE, to_slice),
+    Rule("part", ITEM, to_part),
+    Rule("add_zero", ADD_ZERO, to_input_if_same),
+    Rule("times_one", TIMES_ONE, to_input_if_same),
+    Rule("square", SQUARE, to_square),
+    Rule("power", POWER, to_known_power),
+    Rule("logical", AnyCall(LOGICAL), to_bitwise),
+    Rule("scalar", AnyCall(SCALAR_OVERLOADS), to_tensor_overload),
+    Rule("number", AnyCall(BINARY), to_number),
+)
+
+
+def normalize(graph: Graph) -> PassResult:
+    """Bring every call into the form that the module's docstring lists."""
+    changes = erase_assertions(graph) + use_input_sizes(graph) + tidy_arguments(graph)
+    result = rewrite(graph, RULES)
+    result.matches += changes + merge_equal_calls(graph) + erase_dead_code(graph)
+    return result
+
+
+def same_sizes(left: fx.Node, right: fx.Node) -> bool:
+    before, after = left.meta["val"].shape, right.meta["val"].shape
+    return len(before) == len(after) and all(size_expr(a) == size_expr(b) for a, b in zip(before, after))
+
+
+def erase_assertions(graph: Graph) -> int:
+    found = [node for node in graph.nodes if node.op == "call_function" and node.target in ASSERTIONS]
+    for node in found:
+        graph.fx.erase_node(node)
+    return len(found)
+
+
+def use_input_sizes(graph: Graph) -> int:
+    """A size known while compiling becomes an int; an input's size is read from the first input that has it."""
+    home: dict[Any, fx.Node] = {}
+    for node in graph.placeholders:
+        if isinstance(node.meta["val"], torch.SymInt):
+            home.setdefault(size_expr(node), node)
+    inputs = [graph.placeholder(name) for name in graph.inputs]
+    where = {
+        size_expr(size): (node, dim)
+        for node in reversed(inputs)
+        if is_tensor(node)
+        for dim, size in reversed(list(enumerate(node.meta["val"].shape)))
+        if not isinstance(size, int)
+    }
+    changes = 0
+    body = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+            continue
+        size = size_expr(node)
+        if size.is_Integer:
+            for user in list(node.users):
+                user.args, user.kwargs = fx.node.map_arg(
+                    (user.args, user.kwargs), lambda used, node=node, size=size: int(size) if used is node else used
+                )
+            graph.fx.erase_node(node)
+            changes += 1
+            continue
+        if size not in home and size in where:
+            home[size] = sized(graph, body, *where[size])
+        if size in home and home[size] is not node:
+            replace(graph, node, home[size])
+            changes += 1
+    return changes
+
+
+def sized(graph: Graph, body: fx.Node, placeholder: fx.Node, dim: int) -> fx.Node:
+    """The node in front of the graph's body that reads one size of an input."""
+    if body.target == aten.sym_size.int and body.args == (placeholder, dim):
+        return body
+    for node in placeholder.users:
+        if node.target == aten.sym_size.int and node.args == (placeholder, dim):
+            body.prepend(node)
+            return node
+    return insert(graph, body, aten.sym_size.int, placeholder, dim)
+
+
+def tidy_arguments(graph: Graph) -> int:
+    """Arguments by position, dimensions from the front, without those that are defaults or say nothing."""
+    changes = 0
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        args, kwargs = tidy(node)
+        if args != node.args or kwargs != node.kwargs:
+            node.args, node.kwargs = args, kwargs
+            changes += 1
+    return changes
+
+
+def tidy(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    found = arguments(node)
+    schema = node.target._schema.arguments
+    args, kwargs, length = [], {}, 0
+    for argument in schema:
+        value = found[argument.name]
+        if argument.name in ("dim", "dims", "dim0", "dim1"):
+            value = from_front(node, value)
+        redundant = argument.has_default_value() and (
+            value == argument.default_value or value in IGNORED_ARGUMENTS.get(argument.name, ())
+        )
+        if node.target == aten.embedding.default and argument.name == "padding_idx":
+            redundant = True
+        if argument.kwarg_only:
+            if not redundant:
+                kwargs[argument.name] = value
+            continue
+        args.append(argument.default_value if redundant else value)
+        if not redundant:
+            length = len(args)
+    return tuple(args[:length]), kwargs
+
+
+def from_front(node: fx.Node, dims: Any) -> Any:
+    first = node.args[0] if node.args else None
+    if isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    if not is_tensor(first):
+        return dims
+    rank = first.meta["val"].ndim + (node.target in (aten.unsqueeze.default, aten.stack.default))
+    if isinstance(dims, int) and rank:
+        return dims % rank
+    if isinstance(dims, (list, tuple)) and rank:
+        return [dim % rank for dim in dims]
+    return dims
