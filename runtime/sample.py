@@ -1,0 +1,164 @@
+"""Choose the next token from logits: greedy, or by temperature, top-k, top-p, min-p and a repetition penalty.
+
+The filters and their order are those of Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p,
+min-p. What differs: padding never counts as a repeated token, and top-k is off unless asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..compiler.errors import InputError
+
+SHORTLIST = 1024
+"""Candidates that top-p looks at first: selecting 1,024 of 49,152 takes 0.2 ms on two cores, sorting all takes 3 ms."""
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose a token; every value is checked when the object is made.
+
+    temperature: 0 is greedy, else logits are divided by it. top_k: keep the k largest (and ties), 0 is off.
+    top_p: keep the most probable tokens until their mass reaches it, 1 is off (Holtzman et al., 2020).
+    min_p: keep tokens at least min_p times as probable as the most probable one, 0 is off (Nguyen et al., 2024).
+    repetition_penalty: divide positive and multiply negative logits of seen tokens, 1 is off (Keskar et al., 2019).
+    seed: what the random numbers start from; None takes one from the operating system.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_real("temperature", self.temperature, "at least 0 (0 is greedy)", lambda value: value >= 0)
+        check_integer("top_k", self.top_k, "at least 0 (0 is off)", lambda value: value >= 0)
+        check_real("top_p", self.top_p, "above 0 and at most 1 (1 is off)", lambda value: 0 < value <= 1)
+        check_real("min_p", self.min_p, "at least 0 and below 1 (0 is off)", lambda value: 0 <= value < 1)
+        check_real("repetition_penalty", self.repetition_penalty, "above 0 (1 is off)", lambda value: value > 0)
+        if self.seed is not None:
+            check_integer("seed", self.seed, "at least 0 and below 2**64", lambda value: 0 <= value < 2**64)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition_penalty != 1
+
+
+def check_real(name: str, value: object, expected: str, holds) -> None:
+    """Raise InputError unless `value` is a finite number (not a bool) for which `holds` is true."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not holds(value):
+        raise InputError(f"{name} must be a number {expected}, found {value!r}")
+
+
+def check_integer(name: str, value: object, expected: str, holds) -> None:
+    """Raise InputError unless `value` is an integer (not a bool) for which `holds` is true."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not holds(value):
+        raise InputError(f"{name} must be an integer {expected}, found {value!r}")
+
+
+class UniformStream:
+    """Uniform numbers in [0, 1), one per row and step, that depend on the seed, the row and the step alone.
+
+    Row r draws from a counter-based generator keyed by (seed, r) (Philox; Salmon et al., 2011), so a row's tokens do
+    not change with the number of rows, with what the other rows hold, or with how many tokens were asked for.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, seed: int | None, batch: int, device: torch.device | str = "cpu") -> None:
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+        self.seed = int(seed)
+        self.device = torch.device(device)
+        keys = ([self.seed, row] for row in range(batch))
+        self.rows = [np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64))) for key in keys]
+        self.block = torch.empty(0, batch)
+        self.used = 0
+
+    def next(self) -> Tensor:
+        """The next number of every row: [B] float64."""
+        if self.used == len(self.block):
+            drawn = np.stack([row.random(self.BLOCK) for row in self.rows], axis=1)
+            # One ulp below 1 at most, so that a number times a total stays below the total in float64.
+            self.block = torch.from_numpy(drawn * (1 - 2.0**-52)).to(self.device)
+            self.used = 0
+        self.used += 1
+        return self.block[self.used - 1]
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, uniforms: Tensor | None = None, seen: Tensor | None = None
+) -> Tensor:
+    """Choose one token per row: logits [B, V] -> [B] int64.
+
+    uniforms [B] float64 from `UniformStream.next` (greedy needs none); seen [B, V] bool, true for the tokens of the
+    row so far (needed if `params.penalizes`). Greedy takes the first index of the largest logit.
+    """
+    if params.greedy:
+        return penalize(logits, params, seen).argmax(-1)
+    scores = filtered(logits, params, seen)
+    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    threshold = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def filtered(logits: Tensor, params: SamplingParams, seen: Tensor | None = None) -> Tensor:
+    """Scores whose softmax is the distribution that `sample` draws from: logits [B, V] -> [B, V], -inf where cut."""
+    scores = penalize(logits, params, seen).float() / params.temperature
+    if params.top_k:
+        scores = keep_top_k(scores, params.top_k)
+    if params.top_p < 1:
+        scores = keep_top_p(scores, params.top_p)
+    if params.min_p > 0:
+        scores = keep_min_p(scores, params.min_p)
+    return scores
+
+
+def penalize(logits: Tensor, params: SamplingParams, seen: Tensor | None) -> Tensor:
+    """Make the tokens that `seen` marks less likely (more likely if the penalty is below 1)."""
+    if not params.penalizes:
+        return logits
+    penalty = params.repetition_penalty
+    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """Cut every score [B, V] below the row's k-th largest; ties with it stay."""
+    smallest = scores.topk(min(k, scores.shape[-1])).values[:, -1:]
+    return scores.masked_fill(scores < smallest, NEVER)
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """Cut every score [B, V] whose more probable tokens already hold a mass of p; the most probable always stays."""
+    vocabulary = scores.shape[-1]
+    log_total = scores.logsumexp(-1, keepdim=True)
+    for size in (SHORTLIST, vocabulary):
+        values, tokens = scores.topk(min(size, vocabulary))
+        probabilities = (values - log_total).exp()
+        before = probabilities.cumsum(-1) - probabilities
+        if size >= vocabulary or bool((before[:, -1] >= p).all()):
+            break
+    before[:, 0] = 0
+    kept = values.masked_fill(before >= p, NEVER)
+    return torch.full_like(scores, NEVER).scatter(-1, tokens, kept)
+
+
+def keep_min_p(scores: Tensor, min_p: float) -> Tensor:
+    """Cut every score [B, V] whose probability is below min_p times the row's largest."""
+    return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(min_p), NEVER)
