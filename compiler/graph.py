@@ -81,6 +81,11 @@ class Graph:
         duplicate = replace(self, module=module, weights=dict(self.weights), notes=list(self.notes))
         return replace(duplicate, **changes)
 
+    def __str__(self) -> str:
+        from .show import show
+
+        return show(self)
+
     def count(self, target: Any) -> int:
         return sum(node.op == "call_function" and node.target == target for node in self.nodes)
 
