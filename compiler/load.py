@@ -24,7 +24,8 @@ from .errors import CacheError, InputError, ModelError
 from .gguf_file import GgufNames, GgufSource, check_architecture
 from .hf_folder import DESCRIPTIONS, SafetensorsSource, folder_config, stored_dtype, tensor_files
 from .skeleton import on_meta, scale_rope, skeleton_of
-from .weights import Cast, Constant, MappedSource, ModuleSource, TensorSource, Weight, read
+from .sources import MappedSource, ModuleSource
+from .weights import Cast, Constant, TensorSource, Weight, read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
