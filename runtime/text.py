@@ -96,11 +96,14 @@ class TextCodec:
         for message in messages:
             if not isinstance(message, dict) or "role" not in message:
                 raise InputError(f"a chat message must be a dict with a role and a content, found {message!r}")
-        return self.compiled_template.render(
-            messages=list(messages),
-            add_generation_prompt=add_generation_prompt,
-            **({"tools": None, "documents": None} | self.special_tokens | variables),
-        )
+        from jinja2 import TemplateError
+
+        template = self.compiled_template
+        names = {"tools": None, "documents": None} | self.special_tokens | variables
+        try:
+            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **names)
+        except (TemplateError, TypeError) as error:
+            raise InputError(f"the chat template refuses these messages: {error}") from error
 
     def chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Token ids of a rendered chat; the template writes the special tokens itself."""
@@ -122,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def compile_template(source: str) -> Template:
     """A chat template in the environment that templates are written for (that of transformers)."""
-    from jinja2 import TemplateError, TemplateSyntaxError, nodes
+    from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -137,7 +140,7 @@ def compile_template(source: str) -> Template:
             return nodes.Scope(body, lineno=line)
 
     def raise_exception(message: str) -> None:
-        raise InputError(f"the chat template refuses these messages: {message}")
+        raise TemplateError(message)
 
     def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent, **options)
@@ -150,7 +153,7 @@ def compile_template(source: str) -> Template:
     environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
     try:
         return environment.from_string(source)
-    except (TemplateSyntaxError, TemplateError) as error:
+    except TemplateError as error:
         raise ModelError(f"the chat template cannot be parsed: {error}") from error
 
 
