@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from .graph import Graph, dtype_of, is_tensor
+from .graph import Graph, is_tensor
 
 aten = torch.ops.aten
 
@@ -188,6 +188,43 @@ class Cast(Pattern):
         yield from self.source.match(source, bindings._replace(nodes=(*bindings.nodes, value)))
 
 
+class Part(NamedTuple):
+    """`x[..., start:stop:step]` of a tensor whose last axis has `size` entries."""
+
+    start: int
+    stop: int
+    step: int
+    size: int
+
+
+class LastAxisPart(Pattern):
+    """A slice of the last axis, of a size known while compiling, of what `source` matches."""
+
+    def __init__(self, source: Pattern, name: str) -> None:
+        self.source = source
+        self.name = name
+
+    @property
+    def targets(self) -> frozenset[Any] | None:
+        return frozenset({aten.slice.Tensor})
+
+    def match(self, value: Any, bindings: Bindings) -> Iterator[Bindings]:
+        if not is_tensor(value) or value.target is not aten.slice.Tensor:
+            return
+        found = arguments(value)
+        shape = found["self"].meta["val"].shape
+        bounds = (found["start"] or 0, found["end"], found["step"])
+        if found["dim"] not in (-1, len(shape) - 1) or not isinstance(shape[-1], int):
+            return
+        if any(isinstance(bound, fx.Node) for bound in bounds):
+            return
+        start, stop, step = slice(*bounds).indices(shape[-1])
+        part = Part(start, max(start, stop), step, shape[-1])
+        bound = bindings._replace(nodes=(*bindings.nodes, value)).bind(self.name, part)
+        if bound is not None:
+            yield from self.source.match(found["self"], bound)
+
+
 def pattern(value: Any) -> Pattern:
     """`value` as a pattern: a list or tuple matches item by item, anything else itself."""
     if isinstance(value, Pattern):
@@ -239,6 +276,11 @@ def maybe_cast(source: Pattern) -> Pattern:
     return OneOf((Cast(source, None), source))
 
 
+def part(source: Pattern, name: str) -> Pattern:
+    """A slice of the last axis of `source`; binds `name` to a `Part`."""
+    return LastAxisPart(source, name)
+
+
 def is_target(value: Any) -> bool:
     return isinstance(value, torch._ops.OpOverload) or (callable(value) and not isinstance(value, (Pattern, type)))
 
@@ -280,8 +322,3 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     names = [argument.name for argument in node.target._schema.arguments]
     found |= dict(zip(names, node.args, strict=False)) | node.kwargs
     return {name: found[name] for name in names if name in found}
-
-
-def unchanged_dtype(*nodes: fx.Node) -> bool:
-    """Whether all nodes have one dtype."""
-    return len({dtype_of(node) for node in nodes}) == 1

@@ -78,11 +78,11 @@ class Match:
         """The fake tensor of the node that `name` stands for: its shape and dtype."""
         return self.names[name].meta["val"]
 
-    def shared(self) -> fx.Node | None:
-        """A covered node, not the root, that something outside the match uses too; None if there is none."""
+    def shared(self, *allowed: fx.Node) -> fx.Node | None:
+        """A covered node that something outside the match uses too, besides the root and those allowed; or None."""
         covered = set(self.nodes)
         for node in self.nodes:
-            if node is not self.root and not covered.issuperset(node.users):
+            if node not in (self.root, *allowed) and not covered.issuperset(node.users):
                 return node
         return None
 
@@ -107,40 +107,40 @@ class Rule:
 
 
 def rewrite(graph: Graph, rules: Sequence[Rule]) -> PassResult:
-    """Apply the rules to every node, inputs before users, again and again until nothing changes.
+    """Apply the rules in their order, each to every node, inputs before users; repeat until nothing changes.
 
-    The first rule that applies to a node wins. Nodes that are no longer used are erased, with their weights.
-    The misses are those that remain at the end.
+    A rule that stands first wins, so larger patterns precede the smaller ones that they contain. Nodes that are no
+    longer used are erased, with their weights. The misses are those that remain at the end.
     """
     result = PassResult()
-    while True:
+    changed = True
+    while changed:
+        changed = False
         result.misses = []
-        changed = 0
-        for node in list(graph.nodes):
-            if node.op == "call_function" and not node._erased:
-                changed += rewrite_node(graph, node, rules, result.misses)
-        if not changed:
-            return result
-        result.matches += changed
+        for rule in rules:
+            targets = rule.pattern.targets
+            for node in list(graph.nodes):
+                if node.op != "call_function" or node._erased or (targets is not None and node.target not in targets):
+                    continue
+                if apply(graph, node, rule, result.misses):
+                    result.matches += 1
+                    changed = True
+    return result
 
 
-def rewrite_node(graph: Graph, node: fx.Node, rules: Sequence[Rule], misses: list[Miss]) -> bool:
-    """Replace `node` by the first rule that applies; whether one did. Declined rules are added to `misses`."""
-    for rule in rules:
-        if rule.pattern.targets is not None and node.target not in rule.pattern.targets:
-            continue
-        reason = None
-        for bindings in rule.pattern.match(node, Bindings(graph, {}, ())):
-            match = Match(graph, node, bindings)
-            replacement = rule.rewrite(match)
-            if replacement is not None and replacement is not node:
-                replace(graph, node, replacement)
-                return True
-            for created in reversed(match.created):
-                graph.fx.erase_node(created)
-            reason = reason or match.reason
-        if reason is not None:
-            misses.append(Miss(node.name, rule.name, reason, source_line(node)))
+def apply(graph: Graph, node: fx.Node, rule: Rule, misses: list[Miss]) -> bool:
+    """Replace `node` if the rule applies to it; whether it did. A match that the rule declines is added to `misses`."""
+    reason = None
+    for bindings in rule.pattern.match(node, Bindings(graph, {}, ())):
+        match = Match(graph, node, bindings)
+        replacement = rule.rewrite(match)
+        if replacement is not None and replacement is not node:
+            replace(graph, node, replacement)
+            return True
+        erase_unused(graph, *match.created)
+        reason = reason or match.reason
+    if reason is not None:
+        misses.append(Miss(node.name, rule.name, reason, source_line(node)))
     return False
 
 
@@ -158,7 +158,7 @@ def insert(
     origins: the nodes it stands for; their names are kept in `meta["origins"]`.
     """
     with graph.fx.inserting_before(before):
-        node = graph.fx.call_function(target, args, kwargs)
+        node = graph.fx.create_node("call_function", target, args, kwargs, name=op_name(target))
     node.meta["val"] = infer(graph, target, args, kwargs)
     for key in ("stack_trace", "nn_module_stack"):
         if key in before.meta:
@@ -168,6 +168,11 @@ def insert(
     if getattr(target, "namespace", None) == "effc" and graph.dialect == "traced":
         graph.dialect = "fused"
     return node
+
+
+def op_name(target: Any) -> str | None:
+    """The name of an op without namespace and overload; None leaves the choice to fx."""
+    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else None
 
 
 def infer(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
@@ -186,7 +191,13 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
 
 
 def add_weight(graph: Graph, name: str, recipe: Weight) -> fx.Node:
-    """A new weight placeholder behind the others; the node's name may get a suffix to be unique."""
+    """The placeholder of a weight: the one that has this recipe already, or a new one behind the others.
+
+    The name of a new one may get a suffix to be unique.
+    """
+    for known, other in graph.weights.items():
+        if other == recipe:
+            return graph.placeholder(known)
     last = graph.placeholders[-1]
     with graph.fx.inserting_after(last):
         node = graph.fx.placeholder(name)
