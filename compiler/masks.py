@@ -1,0 +1,184 @@
+"""What an attention mask means: causal, padding, everything visible, or something that stays explicit.
+
+    where((k <= q) & (attention_mask[b, k] != 0), 0, -3.4e38)   means   causal, with the key mask `attention_mask`
+
+A mask is inferred as a function of (b, h, q, k), taken apart into conditions, and then checked against the graph's
+own arithmetic at random sizes; a reading that does not hold there is not used.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from sympy import Piecewise
+from torch import Tensor, fx
+
+from .graph import Graph, dtype_of, size_expr, sizes
+from .index_algebra import Inference, NotInferred
+from .index_values import Shape, Value
+from .weights import Constant
+
+HIDDEN = torch.finfo(torch.float16).min
+"""An additive mask hides a key where it adds this or less: what the lowest half-precision number is, -65504."""
+
+CHECKED_SIZES = range(2, 8)
+CHECKS = 2
+
+
+@dataclass(frozen=True)
+class MaskForm:
+    """A mask as conditions: key k is visible to query q if (not causal or k <= q) and key_mask[b, k] != 0."""
+
+    causal: bool = False
+    key_mask: fx.Node | None = None
+
+
+@dataclass
+class Masks:
+    """Reads the masks of one graph; each mask is inferred and checked once however many layers use it."""
+
+    graph: Graph
+    known: dict[tuple[fx.Node, Shape], MaskForm | NotInferred] = field(default_factory=dict)
+
+    def read(self, mask: fx.Node, scores: Shape) -> MaskForm:
+        """What `mask`, broadcast to `scores` [B, H, S, T], means. Raises NotInferred where that is not known."""
+        key = (mask, scores)
+        if key not in self.known:
+            try:
+                form = infer_mask(self.graph, mask, scores)
+                check_mask(self.graph, mask, form, scores)
+                self.known[key] = form
+            except NotInferred as reason:
+                self.known[key] = reason
+        found = self.known[key]
+        if isinstance(found, NotInferred):
+            raise found
+        return found
+
+
+def infer_mask(graph: Graph, mask: fx.Node, scores: Shape) -> MaskForm:
+    """Take a mask apart into conditions on (b, h, q, k). Raises NotInferred where one is not causal or padding."""
+    inference = Inference(graph)
+    function = inference.infer(mask)
+    indices = tuple(inference.index(name, size) for name, size in zip("bhqk", scores))
+    condition = inference.decide(visible(function.read(indices), mask))
+    b, _, q, k = indices
+    causal, key_mask = False, None
+    for part in sympy.And.make_args(condition):
+        padding = padding_input(inference, part, (b, k), (scores[0], scores[3]))
+        if part == sympy.true:
+            continue
+        if isinstance(part, sympy.Ge) and part.lhs == q - k:
+            causal = True
+        elif padding is not None and key_mask in (None, padding):
+            key_mask = padding
+        else:
+            raise NotInferred(mask, f"a key is visible only if {part}, which is neither causal nor padding")
+    return MaskForm(causal, key_mask)
+
+
+def visible(value: Value, mask: fx.Node) -> Value:
+    """The condition under which a mask's element leaves a key visible."""
+    if dtype_of(mask) == torch.bool:
+        return value
+    value = sympy.piecewise_fold(value)
+    branches = value.args if isinstance(value, Piecewise) else ((value, sympy.true),)
+    allowed: list[Value] = []
+    before: list[Value] = []
+    for added, condition in branches:
+        if not added.is_number or not (added == 0 or added <= HIDDEN):
+            raise NotInferred(mask, f"it adds {added} to the scores")
+        if added == 0:
+            allowed.append(sympy.And(condition, *(sympy.Not(earlier) for earlier in before)))
+        before.append(condition)
+    return sympy.Or(*allowed)
+
+
+def padding_input(
+    inference: Inference, condition: Value, indices: tuple[sympy.Expr, ...], shape: Shape
+) -> fx.Node | None:
+    """The input [B, T] of which `condition` says that its element (b, k) is not zero."""
+    if not isinstance(condition, sympy.Ne) or condition.rhs != 0:
+        return None
+    leaf = inference.leaves.get(getattr(condition.lhs, "name", ""))
+    if leaf is None or tuple(condition.lhs.args) != indices or sizes(leaf) != tuple(shape):
+        return None
+    return leaf
+
+
+# --- checking against the graph ------------------------------------------------------------------------------------
+
+
+def check_mask(graph: Graph, mask: fx.Node, form: MaskForm, scores: Shape) -> None:
+    """Compare `form` with the graph's own mask at random sizes and inputs. Raises NotInferred where they differ."""
+    for seed in range(CHECKS):
+        values = evaluate_at_random(graph, mask, seed, form.key_mask)
+        found = values[mask]
+        found = found if found.dtype == torch.bool else found == 0
+        length, context = (int(size.subs(values[sympy.Symbol])) for size in scores[2:])
+        expected = torch.ones(length, context, dtype=torch.bool)[None, None]
+        if form.causal:
+            expected = expected.tril()
+        if form.key_mask is not None:
+            expected = expected & (values[form.key_mask] != 0)[:, None, None, :]
+        if not bool((found == expected).all()):
+            raise NotInferred(mask, f"it was read as {form}, but the graph computes another mask (seed {seed})")
+
+
+def evaluate_at_random(graph: Graph, node: fx.Node, seed: int, *also: fx.Node | None) -> dict[Any, Any]:
+    """The values of `node` and of what it is computed from, at random sizes and with random inputs of 0 and 1.
+
+    The values of the size symbols are under the key `sympy.Symbol`. Raises NotInferred where the node needs a
+    parameter of the model or cannot be evaluated.
+    """
+    chooser = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    symbols: dict[sympy.Symbol, int] = {}
+
+    def size(value: Any) -> int:
+        expr = size_expr(value)
+        for symbol in sorted(expr.free_symbols, key=str):
+            symbols.setdefault(symbol, chooser.choice(CHECKED_SIZES))
+        return int(expr.subs(symbols))
+
+    def value_of(placeholder: fx.Node) -> Any:
+        weight = graph.weights.get(placeholder.name)
+        if isinstance(weight, Constant):
+            return weight.tensor
+        if weight is not None:
+            raise NotInferred(node, f"it depends on the parameter {placeholder.name}")
+        fake = placeholder.meta["val"]
+        if not isinstance(fake, Tensor):
+            return size(fake)
+        return torch.randint(0, 2, [size(dim) for dim in fake.shape], generator=generator).to(fake.dtype)
+
+    values: dict[Any, Any] = {}
+    wanted = ancestors(node, *(extra for extra in also if extra is not None))
+    try:
+        for step in graph.nodes:
+            if step not in wanted:
+                continue
+            if step.op == "placeholder":
+                values[step] = value_of(step)
+            else:
+                args, kwargs = fx.node.map_arg((step.args, step.kwargs), values.__getitem__)
+                values[step] = step.target(*args, **kwargs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise NotInferred(node, f"it cannot be evaluated at the sizes {symbols}: {error}") from error
+    return {**values, sympy.Symbol: symbols}
+
+
+def ancestors(*nodes: fx.Node) -> set[fx.Node]:
+    """The nodes and everything that they are computed from."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
