@@ -130,20 +130,19 @@ template <typename T, int Lanes, typename S>
 static __attribute__((noinline)) void pack(const S *from, int64_t row_stride, int64_t col_stride, int64_t rows,
                                            int64_t cols, T *panel, int64_t width) {
   if (col_stride == 1) {
+    int64_t whole_cols = cols / Lanes * Lanes;
     for (int64_t i = 0; i < rows; ++i, from += row_stride, panel += width) {
-      int64_t j = 0;
-      for (; j + Lanes <= cols; j += Lanes) store<T, Lanes>(panel + j, load_as<T, Lanes>(from + j));
-      for (; j < cols; ++j) panel[j] = element_as<T>(from + j);
-      for (; j < width; ++j) panel[j] = 0;
+      for (int64_t j = 0; j < whole_cols; j += Lanes) store<T, Lanes>(panel + j, load_as<T, Lanes>(from + j));
+      for (int64_t j = whole_cols; j < cols; ++j) panel[j] = element_as<T>(from + j);
+      for (int64_t j = cols; j < width; ++j) panel[j] = 0;
     }
     return;
   }
-  int64_t whole_rows = 0;
-  if (row_stride == 1)
-    for (; whole_rows + Lanes <= rows; whole_rows += Lanes)
-      for (int64_t j = 0; j < width; j += Lanes) {
+  int64_t whole_rows = row_stride == 1 ? rows / Lanes * Lanes : 0;
+  for (int64_t j = 0; j < width; j += Lanes)
+    for (int64_t i = 0; i < whole_rows; i += Lanes) {
         Vec<T, Lanes> block[Lanes];
-        const S *column = from + whole_rows + j * col_stride;
+        const S *column = from + i + j * col_stride;
         if (j + Lanes <= cols) {
 #pragma GCC unroll 16
           for (int l = 0; l < Lanes; ++l) block[l] = load_as<T, Lanes>(column + l * col_stride);
@@ -154,7 +153,7 @@ static __attribute__((noinline)) void pack(const S *from, int64_t row_stride, in
         }
         transpose<Lanes>(block);
 #pragma GCC unroll 16
-        for (int l = 0; l < Lanes; ++l) store<T, Lanes>(panel + (whole_rows + l) * width + j, block[l]);
+        for (int l = 0; l < Lanes; ++l) store<T, Lanes>(panel + (i + l) * width + j, block[l]);
       }
   for (int64_t i = whole_rows; i < rows; ++i)
     for (int64_t j = 0; j < width; ++j)
@@ -208,28 +207,29 @@ static inline void multiply_rows(int64_t rows, const T *a, int64_t a_row, const 
 template <typename T, int Lanes, typename S>
 static __attribute__((noinline)) void multiply_row(const T *a, const S *b, int64_t b_col, T *c, int64_t cols,
                                                    int64_t depth) {
-  int64_t j = 0, whole = depth / Lanes * Lanes;
-  for (; j + Lanes <= cols; j += Lanes, b += Lanes * b_col) {
+  int64_t whole = depth / Lanes * Lanes, whole_cols = cols / Lanes * Lanes;
+  for (int64_t j = 0; j < whole_cols; j += Lanes) {
+    const S *columns = b + j * b_col;
     Vec<T, Lanes> sum[Lanes] = {};
     for (int64_t k = 0; k < whole; k += Lanes) {
       Vec<T, Lanes> a_k = load<T, Lanes>(a + k);
 #pragma GCC unroll 16
       for (int l = 0; l < Lanes; ++l)
-        sum[l] = multiply_add<T, Lanes>(a_k, load_as<T, Lanes>(b + l * b_col + k), sum[l]);
+        sum[l] = multiply_add<T, Lanes>(a_k, load_as<T, Lanes>(columns + l * b_col + k), sum[l]);
     }
     Vec<T, Lanes> total = load<T, Lanes>(c + j) + sum_lanes<Lanes>(sum);
     for (int64_t k = whole; k < depth; ++k)
-      for (int l = 0; l < Lanes; ++l) total[l] += a[k] * element_as<T>(b + l * b_col + k);
+      for (int l = 0; l < Lanes; ++l) total[l] += a[k] * element_as<T>(columns + l * b_col + k);
     store<T, Lanes>(c + j, total);
   }
-  for (; j < cols; ++j, b += b_col) {
+  for (int64_t j = whole_cols; j < cols; ++j) {
+    const S *column = b + j * b_col;
     Vec<T, Lanes> sum = {};
-    int64_t k = 0;
-    for (; k < whole; k += Lanes)
-      sum = multiply_add<T, Lanes>(load<T, Lanes>(a + k), load_as<T, Lanes>(b + k), sum);
+    for (int64_t k = 0; k < whole; k += Lanes)
+      sum = multiply_add<T, Lanes>(load<T, Lanes>(a + k), load_as<T, Lanes>(column + k), sum);
     T total = 0;
     for (int l = 0; l < Lanes; ++l) total += sum[l];
-    for (; k < depth; ++k) total += a[k] * element_as<T>(b + k);
+    for (int64_t k = whole; k < depth; ++k) total += a[k] * element_as<T>(column + k);
     c[j] += total;
   }
 }
