@@ -1,0 +1,239 @@
+"""Fuse linears with their bias, activation and residual, and merge those that share an input.
+
+    linear(x, W, b);  addmm(b, x, W.T);  matmul(x, W.T)  -->  effc.linear(x, W, b)
+    reshape(effc.linear(reshape(x), W))                  -->  effc.linear(x, W), x reshaped if it must be
+    effc.linear(x, W) + b                                -->  effc.linear(x, W, b)
+    silu(effc.linear(x, W))                              -->  effc.linear(x, W, activation="silu")
+    r + effc.linear(x, W)                                -->  effc.linear(x, W, residual=r)
+    effc.linear(x, W1), effc.linear(x, W2)               -->  slices of effc.linear(x, concat(W1, W2))
+
+What happens to weights happens in their recipes: nothing is read or copied here. A weight that something else uses
+too (a tied embedding) is neither merged nor transposed, since that would keep it twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from ..compiler.fold import base_weights, recipe_of, transposed, weight_of
+from ..compiler.graph import Graph, dtype_of, is_tensor, sizes
+from ..compiler.pattern import any_, arguments, op, tensor
+from ..compiler.rewrite import (
+    Match,
+    Miss,
+    PassResult,
+    Rule,
+    add_weight,
+    insert,
+    replace,
+    rewrite,
+    source_line,
+)
+from ..compiler.weights import Concat, Constant, Weight
+
+aten = torch.ops.aten
+linear = torch.ops.effc.linear.default
+
+X, W, BIAS = tensor("x"), tensor("weight"), any_("bias")
+LINEAR = op(aten.linear.default, X, W, BIAS)
+ADDMM = op(aten.addmm.default, BIAS, X, tensor("transposed"))
+MATMUL = op(aten.matmul.default, aten.mm.default, X, tensor("transposed"))
+
+PLAIN = op(linear, X, W, BIAS).named("linear")  # neither residual nor activation yet
+ACTIVATED = op(linear, X, W, BIAS, None, any_("activation")).named("linear")
+RESHAPED = op(
+    aten.reshape.default, op(linear, op(aten.reshape.default, X, any_("rows")), W, BIAS).named("linear"), any_("sizes")
+)
+BIASED = op(aten.add.Tensor, PLAIN, tensor("addend"))
+RESIDUAL = op(aten.add.Tensor, ACTIVATED, tensor("residual"))
+
+ACTIVATIONS = {
+    "silu": op(aten.silu.default, PLAIN),
+    "gelu": op(aten.gelu.default, PLAIN),
+    "gelu_tanh": op(aten.gelu.default, PLAIN, approximate="tanh"),
+    "relu": op(aten.relu.default, PLAIN),
+}
+
+
+def is_bias(match: Match, node: fx.Node | None, weight: fx.Node) -> bool:
+    """Whether `node` can be the bias of a linear with this weight: None, or a weight with one entry per row."""
+    return node is None or (node.name in match.graph.weights and sizes(node) == sizes(weight)[:1])
+
+
+def to_linear(match: Match) -> fx.Node | None:
+    weight = weight_of(match.graph, match["weight"])
+    bias = match["bias"] and weight_of(match.graph, match["bias"])
+    if weight is None or weight.meta["val"].ndim != 2:
+        return match.decline(f"{match['weight'].name} is not a matrix of weights but computed at run time")
+    if match["bias"] is not None and (bias is None or not is_bias(match, bias, weight)):
+        return match.decline(f"the bias {match['bias'].name} is not a weight with one entry per row")
+    return match.call(linear, match["x"], weight, *(bias,) * (bias is not None))
+
+
+def to_linear_of_transposed(match: Match) -> fx.Node | None:
+    """x @ M with M = W.T: a matrix that no linear uses yet gets the recipe of its transpose."""
+    matrix = match["transposed"]
+    recipe = recipe_of(match.graph, matrix)
+    if recipe is None or len(recipe.shape) != 2:
+        return match.decline(f"{matrix.name} is not a matrix of weights but computed at run time")
+    bias = match.get("bias")
+    if bias is not None and (bias.name not in match.graph.weights or sizes(bias) != sizes(matrix)[1:]):
+        return match.decline(f"the addend {bias.name} is not a weight with one entry per column")
+    recipe = transposed(recipe, (1, 0))
+    base = base_weights(match.graph, matrix)[0]
+    if recipe not in match.graph.weights.values() and len(base.users) > 1:
+        return match.decline(f"{base.name} is used elsewhere too: transposing it would keep it twice")
+    weight = add_weight(match.graph, f"{base.name}_t", recipe)
+    return match.call(linear, match["x"], weight, *(bias,) * (bias is not None))
+
+
+def lone(match: Match) -> str | None:
+    """Why the linear of a match cannot become one with what follows it; None if it can."""
+    users = len(match["linear"].users)
+    return None if users == 1 else f"the linear before it has {users} users"
+
+
+def to_linear_of_rows(match: Match) -> fx.Node | None:
+    """Leading axes that are flattened for the linear and restored after it stay as they are."""
+    if sizes(match.root)[-1:] != sizes(match["weight"])[:1]:
+        return match.decline("the reshape after the linear changes the last axis")
+    if reason := lone(match):
+        return match.decline(reason)
+    x, inner = match["x"], sizes(match["weight"])[1]
+    if sizes(x) != (*sizes(match.root)[:-1], inner):
+        x = match.call(aten.reshape.default, x, [*match["sizes"][:-1], int(inner)])
+    return match.call(linear, x, *match["linear"].args[1:])
+
+
+def to_biased(match: Match) -> fx.Node | None:
+    addend = match["addend"]
+    if match["bias"] is not None or not is_bias(match, addend, match["weight"]):
+        return None
+    if reason := lone(match):
+        return match.decline(reason)
+    if dtype_of(match.root) not in (torch.float32, torch.float64):
+        return match.decline(f"the product is rounded to {dtype_of(match.root)} before the bias is added")
+    return match.call(linear, match["x"], match["weight"], addend)
+
+
+def to_residual(match: Match) -> fx.Node | None:
+    residual = match["residual"]
+    if sizes(residual) != sizes(match.root) or sizes(match["linear"]) != sizes(match.root):
+        return match.decline(f"{residual.name} and the linear differ in shape")
+    if dtype_of(residual) != dtype_of(match["linear"]):
+        return match.decline(f"{residual.name} is {dtype_of(residual)}, the linear {dtype_of(match['linear'])}")
+    if reason := lone(match):
+        return match.decline(reason)
+    return match.call(linear, match["x"], match["weight"], match["bias"], residual, match["activation"])
+
+
+def activation_rule(name: str) -> Rule:
+    def to_activated(match: Match) -> fx.Node | None:
+        if reason := lone(match):
+            return match.decline(reason)
+        return match.call(linear, match["x"], match["weight"], match["bias"], None, name)
+
+    return Rule(f"linear with {name}", ACTIVATIONS[name], to_activated)
+
+
+RULES = (
+    Rule("linear", LINEAR, to_linear),
+    Rule("linear from addmm", ADDMM, to_linear_of_transposed),
+    Rule("linear from matmul", MATMUL, to_linear_of_transposed),
+    Rule("linear of rows", RESHAPED, to_linear_of_rows),
+    Rule("linear with bias", BIASED, to_biased),
+    *(activation_rule(name) for name in ACTIVATIONS),
+    Rule("linear with residual", RESIDUAL, to_residual),
+)
+
+
+def merge_linears(graph: Graph) -> PassResult:
+    """Linears of one input become one linear with their weights one after another, and slices of its result."""
+    result = PassResult()
+    siblings = defaultdict(list)
+    for node in graph.nodes:
+        if is_plain(node) and not is_gated(node):
+            siblings[node.args[0]].append(node)
+    for group in siblings.values():
+        kept = [node for node in group if not declined(graph, node, group, result.misses)]
+        if len(kept) > 1:
+            merge(graph, kept)
+            result.matches += 1
+    return result
+
+
+def is_plain(node: fx.Node) -> bool:
+    if node.target is not linear:
+        return False
+    found = arguments(node)
+    return found["residual"] is None and found["activation"] == "none"
+
+
+def is_gated(node: fx.Node) -> bool:
+    """Whether the result is only multiplied by an activated linear of the same input: `fuse_mlp` merges those."""
+    if [user.target for user in node.users] != [aten.mul.Tensor]:
+        return False
+    (product,) = node.users
+    return any(
+        is_tensor(gate)
+        and gate.target is linear
+        and gate.args[0] is node.args[0]
+        and arguments(gate)["activation"] != "none"
+        for gate in product.args
+    )
+
+
+def declined(graph: Graph, node: fx.Node, group: list[fx.Node], misses: list[Miss]) -> bool:
+    """Whether a linear cannot be merged with its siblings; the reason becomes a miss."""
+    reason = None
+    weight, first = node.args[1], group[0].args[1]
+    if len(group) == 1:
+        return True
+    if len(weight.users) > 1:
+        reason = f"the weight {weight.name} is used elsewhere too"
+    elif dtype_of(weight) != dtype_of(first):
+        reason = f"the weight is {dtype_of(weight)}, that of {group[0].name} {dtype_of(first)}"
+    if reason is not None:
+        misses.append(Miss(node.name, "merge linears", reason, source_line(node)))
+    return reason is not None
+
+
+def merge(graph: Graph, nodes: list[fx.Node]) -> None:
+    x, weights = nodes[0].args[0], [node.args[1] for node in nodes]
+    weight = concatenated(graph, weights, [graph.weights[weight.name] for weight in weights])
+    biases = [arguments(node)["bias"] for node in nodes]
+    operands = [x, weight]
+    if any(bias is not None for bias in biases):
+        recipes = [graph.weights[bias.name] if bias else zeros(weight) for bias, weight in zip(biases, weights)]
+        operands.append(concatenated(graph, [bias for bias in biases if bias is not None], recipes))
+    merged = insert(graph, nodes[0], linear, *operands, origins=nodes)
+    axis, start = merged.meta["val"].ndim - 1, 0
+    for node in nodes:
+        stop = start + int(node.meta["val"].shape[-1])
+        replace(graph, node, insert(graph, node, aten.slice.Tensor, merged, axis, start, stop, origins=(node,)))
+        start = stop
+
+
+def zeros(weight: fx.Node) -> Weight:
+    return Constant.of(torch.zeros(int(weight.meta["val"].shape[0]), dtype=dtype_of(weight)))
+
+
+def concatenated(graph: Graph, nodes: list[fx.Node], recipes: list[Weight]) -> fx.Node:
+    return add_weight(graph, merged_name([node.name for node in nodes]), Concat(tuple(recipes)))
+
+
+def merged_name(names: list[str]) -> str:
+    """layer_q_proj_weight, layer_k_proj_weight  -->  layer_q_k_proj_weight"""
+    words = [name.split("_") for name in names]
+    shortest = min(map(len, words))
+    start = next((i for i in range(shortest) if len({word[i] for word in words}) > 1), shortest - 1)
+    end = next((i for i in range(shortest - start) if len({word[-1 - i] for word in words}) > 1), 0)
+    middle = [part for word in words for part in word[start : len(word) - end]]
+    return "_".join(words[0][:start] + middle + words[0][len(words[0]) - end :])
+
+
+def fuse_linear(graph: Graph) -> PassResult:
+    return rewrite(graph, RULES) + merge_linears(graph)
