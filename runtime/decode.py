@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..compiler.errors import InputError
 from .kv_cache import KVCache, Layout
-from .sample import SamplingParams, UniformStream, check_integer, sample
+from .sample import UniformStream, sample
+from .sampling_params import SamplingParams, check_integer, check_max_new_tokens
 
 
 class ModelFacts(Protocol):
@@ -84,7 +85,7 @@ def check_prompt(
     input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, vocab_size: int, context: int | None
 ) -> None:
     """Raise InputError unless input_ids [B, S] and attention_mask [B, S] make a prompt with room for new tokens."""
-    check_integer("max_new_tokens", max_new_tokens, "of at least 1", lambda value: value >= 1)
+    check_max_new_tokens(max_new_tokens)
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"input_ids must be int64 [batch, length], found {input_ids.dtype} {list(input_ids.shape)}")
     batch, length = input_ids.shape

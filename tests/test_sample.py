@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from effc.compiler.errors import InputError
-from effc.runtime.sample import NEVER, SamplingParams, UniformStream, filtered, sample
+from effc.runtime.sample import NEVER, UniformStream, filtered, sample
+from effc.runtime.sampling_params import SamplingParams
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
