@@ -172,6 +172,23 @@ def check_architecture(source: GgufSource) -> None:
         )
 
 
+# Sizes that transformers' own tables do not take from the metadata of every architecture: config field -> key.
+CONFIG_KEYS = {
+    "head_dim": "attention.key_length",
+    "n_positions": "context_length",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+
+
+def complete_config(config: PretrainedConfig, source: GgufSource) -> None:
+    """Set the sizes of `config` that the file states and transformers left at their defaults."""
+    for name, key in CONFIG_KEYS.items():
+        value = source.field(f"{source.architecture}.{key}")
+        if value is not None and hasattr(config, name):
+            setattr(config, name, int(value))
+
+
 class GgufNames:
     """From the names of a transformers model to recipes over the tensors of its GGUF file."""
 

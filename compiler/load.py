@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CacheError, InputError, ModelError
-from .gguf_file import GgufNames, GgufSource, check_architecture
+from .gguf_file import GgufNames, GgufSource, check_architecture, complete_config
 from .hf_folder import DESCRIPTIONS, SafetensorsSource, folder_config, stored_dtype, tensor_files
 from .skeleton import on_meta, scale_rope, skeleton_of
 from .sources import MappedSource, ModuleSource
@@ -150,6 +150,7 @@ class GgufModel(LoadedModel):
                 raise ModelError(
                     f"{self.path}: transformers cannot read the config of {self.base.architecture!r}: {error}"
                 ) from error
+            complete_config(config, self.base)
             config.save_pretrained(folder)
 
         return AutoConfig.from_pretrained(self._converted("config", convert), local_files_only=True)
