@@ -10,62 +10,14 @@ from effc.compiler.errors import InputError, ModelError
 from effc.runtime.text import REPLACEMENT, StopStrings, TextCodec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-CORPUS = [
-    "Hello world, hello there.",
-    "Grüße aus Köln: café, naïve, 10 €.",
-    "  indented\n\nlines  ",
-    "日本語と emoji 🙂",
-]
-CHATML = (
-    "{%- for message in messages -%}<|im_start|>{{ message.role }}\n{{ message['content'] | trim }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}{% generation %}<|im_start|>assistant\n{% endgeneration %}{% endif %}"
-)
-
-
-def byte_level() -> Tokenizer:
-    """Byte-level BPE, as GPT-2 and most newer models."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    return tokenizer
-
-
-def byte_fallback() -> Tokenizer:
-    """BPE over words that start with a space mark, unknown characters as bytes, as Llama 2."""
-    letters = sorted(set("".join(CORPUS[:2])) - {" ", "€"})
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
-    merges = [("▁", "H"), ("▁H", "e"), ("▁", "w"), ("l", "l"), ("o", "r"), ("▁", "▁")]
-    tokens += ["".join(pair) for pair in merges]
-    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, byte_fallback=True, unk_token="<unk>")
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    return tokenizer
-
-
-def save(tokenizer: Tokenizer, folder, **options: object) -> PreTrainedTokenizerFast:
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
-    wrapped.save_pretrained(folder)
-    return wrapped
+from .tiny_tokenizers import CORPUS, byte_fallback, byte_level, save, save_chat
 
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
-    tokenizer = byte_level()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    folder = tmp_path_factory.mktemp("chat")
-    save(tokenizer, folder, eos_token="<|im_end|>", bos_token="<|im_start|>", chat_template=CHATML)
-    return folder
+    return save_chat(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module", params=[byte_level, byte_fallback], ids=lambda make: make.__name__)
