@@ -1,0 +1,144 @@
+"""A schedule as native code: one C++ function per run of launches, with one parallel region over all of them.
+
+    for each launch:  programs of its grid are dealt to the threads;  barrier
+
+Sizes, offsets and grids are computed by the function itself from the runtime sizes, so a call passes only
+pointers and sizes. An op without a kernel ends a function; the next one starts behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from .cpu import CppKernel
+from .expr import cpp_text
+from .kernel import Buffer, Choice, Fallback, Launch, Pointer, Schedule, Step
+from .memory import ALIGNMENT, MemoryPlan
+
+C_TYPES: dict[torch.dtype, str] = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.bfloat16: "uint16_t",
+    torch.float16: "uint16_t",
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.int16: "int16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.bool: "uint8_t",
+}
+
+
+PARAMETERS = "void* const* buffers, const int64_t* sizes, char* arena, int threads"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Launches that run as one native function, and the op that runs through ATen behind them, if any."""
+
+    function: str
+    steps: tuple[Step, ...]
+    fallback: Fallback | None
+
+
+def segments(schedule: Schedule) -> list[Segment]:
+    """Cut a schedule at the ops that run through ATen."""
+    result, current = [], []
+    for step in [*schedule.steps, None]:
+        if isinstance(step, Fallback) or step is None:
+            result.append(Segment(f"run_{len(result)}", tuple(current), step))
+            current = []
+        else:
+            current.append(step)
+    return result
+
+
+def run_buffers(schedule: Schedule) -> list[Buffer]:
+    """The buffers that a call passes by pointer, in order: everything but temporaries."""
+    found: dict[str, Buffer] = {}
+    for step in schedule.steps:
+        for buffer in step.buffers:
+            if buffer.kind != "temporary":
+                found.setdefault(buffer.name, buffer)
+    for layout in schedule.outputs:
+        if layout.buffer.kind != "temporary":
+            found.setdefault(layout.buffer.name, layout.buffer)
+    return list(found.values())
+
+
+class StepPrinter:
+    """Prints the functions of one schedule."""
+
+    def __init__(self, schedule: Schedule, plan: MemoryPlan, kernels: dict[str, CppKernel], names: dict) -> None:
+        self.schedule, self.plan, self.kernels, self.names = schedule, plan, kernels, names
+        self.positions = {buffer.name: i for i, buffer in enumerate(run_buffers(schedule))}
+
+    def size(self, expr: sympy.Basic) -> str:
+        return cpp_text(expr, self.names)
+
+    def pointer(self, pointer: Pointer, kind: str) -> str:
+        """An address, cast to the parameter's type `kind`."""
+        buffer = pointer.buffer
+        if buffer.kind == "temporary":
+            base = f"(arena + slot_{self.plan.slot_of[buffer.name]})"
+        else:
+            base = f"buffers[{self.positions[buffer.name]}]"
+        offset = "" if pointer.offset == 0 else f" + {self.size(pointer.offset * buffer.dtype.itemsize)}"
+        return f"({kind})((char*){base}{offset})" if offset else f"({kind}){base}"
+
+    def arguments(self, launch: Launch) -> str:
+        parameters = self.kernels[launch.kernel.symbol].params
+        texts = []
+        for (_, kind), argument in zip(parameters, launch.arguments, strict=True):
+            texts.append(self.pointer(argument, kind) if isinstance(argument, Pointer) else self.size(argument))
+        return ", ".join(texts)
+
+    def launch(self, launch: Launch, indent: str) -> Iterator[str]:
+        grid = [self.size(extent) for extent in launch.grid]
+        yield f"{indent}{{  // {', '.join(launch.nodes)}"
+        yield f"{indent}  const int64_t nx = {grid[0]}, ny = {grid[1]}, nz = {grid[2]};"
+        yield f"{indent}  #pragma omp for schedule(dynamic)"
+        yield f"{indent}  for (int64_t i = 0; i < nx * ny * nz; ++i)"
+        place = "i % nx, i / nx % ny, i / (nx * ny), nx, ny, nz"
+        yield f"{indent}    {launch.kernel.symbol}({self.arguments(launch)}, {place});"
+        yield f"{indent}}}"
+
+    def step(self, step: Step) -> Iterator[str]:
+        if isinstance(step, Choice):
+            opening = "if"
+            for condition, launches in step.cases:
+                head = "else" if condition == sympy.true else f"{opening} ({self.size(condition)})"
+                yield f"    {head} {{"
+                for launch in launches:
+                    yield from self.launch(launch, "      ")
+                yield "    }"
+                opening = "else if"
+        else:
+            yield from self.launch(step, "    ")
+
+    def preamble(self) -> Iterator[str]:
+        for position, name in enumerate(self.names.values()):
+            yield f"  const int64_t {name} = sizes[{position}];"
+        yield "  int64_t end = 0;"
+        for position, slot in enumerate(self.plan.slots):
+            yield f"  const int64_t slot_{position} = end;"
+            yield f"  end += ({self.size(slot.size)} + {ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT};"
+
+    def functions(self) -> str:
+        lines = ['extern "C" int64_t arena_bytes(const int64_t* sizes) {', *self.preamble(), "  return end;", "}", ""]
+        for segment in segments(self.schedule):
+            lines += [
+                f'extern "C" void {segment.function}({PARAMETERS}) {{',
+                *self.preamble(),
+                "  #pragma omp parallel num_threads(threads)",
+                "  {",
+                *(line for step in segment.steps for line in self.step(step)),
+                "  }",
+                "}",
+                "",
+            ]
+        return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""One graph that runs: binds sizes and buffers at every call, then runs native code.
+
+A warm start comes here straight from the cache, so this file knows nothing of schedules (nor of sympy).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result: a strided look at a buffer. sizes, strides and offset are code over the runtime sizes."""
+
+    buffer: str
+    sizes: tuple[str, ...]
+    strides: tuple[str, ...]
+    offset: str
+
+
+@dataclass(frozen=True)
+class RunBuffer:
+    """A buffer that a call passes by pointer; elements is code over the runtime sizes."""
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    elements: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a call needs to know besides the native code. Plain data: a warm start reads it from the cache.
+
+    sizes: (name, input, axis) of each runtime size. segments: how many native functions there are.
+    """
+
+    name: str
+    sizes: tuple[tuple[str, str, int], ...]
+    buffers: tuple[RunBuffer, ...]
+    outputs: tuple[Output, ...]
+    segments: int
+
+
+class Frame:
+    """The buffers of one call by name, and its runtime sizes."""
+
+    def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        self.sizes = tuple(tensors[name].shape[axis] for _, name, axis in manifest.sizes)
+        self.buffers: dict[str, Tensor] = {}
+        for buffer in manifest.buffers:
+            if buffer.kind == "weight":
+                self.buffers[buffer.name] = weights[buffer.name]
+            elif buffer.kind in ("input", "state"):
+                self.buffers[buffer.name] = tensors[buffer.name]
+
+
+def size_function(names: tuple[str, ...], code: str) -> Callable[..., Any]:
+    """Code over the runtime sizes as a function of them."""
+    return eval(f"lambda {', '.join(names)}: {code}", {"__builtins__": {}, "max": max, "min": min})
+
+
+class Executable:
+    """A graph ready to run. `run_segment(position, frame)` is what the device does; ATen runs in between."""
+
+    device = "cpu"
+
+    def __init__(self, manifest: Manifest, fallbacks: Sequence[Callable[[Frame], None]] = ()) -> None:
+        self.manifest = manifest
+        self.fallbacks = fallbacks
+        names = tuple(name for name, _, _ in manifest.sizes)
+        allocated = [buffer for buffer in manifest.buffers if buffer.kind in ("output", "shared")]
+        self.allocations = [(b.name, b.dtype, size_function(names, b.elements)) for b in allocated]
+        self.outputs = [
+            (o.buffer, size_function(names, f"(({', '.join(o.sizes)},), ({', '.join(o.strides)},), {o.offset})"))
+            if o.sizes
+            else (o.buffer, size_function(names, f"((), (), {o.offset})"))
+            for o in manifest.outputs
+        ]
+
+    def __call__(self, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run on contiguous inputs and states; returns the outputs. States are updated in place."""
+        frame = Frame(self.manifest, tensors, weights)
+        for name, dtype, elements in self.allocations:
+            frame.buffers[name] = torch.empty(elements(*frame.sizes), dtype=dtype, device=self.device)
+        for position in range(self.manifest.segments):
+            self.run_segment(position, frame)
+            if position < len(self.fallbacks):
+                self.fallbacks[position](frame)
+        results = []
+        for buffer, view in self.outputs:
+            sizes, strides, offset = view(*frame.sizes)
+            results.append(frame.buffers[buffer].as_strided(sizes, strides, offset))
+        return results
+
+    def run_segment(self, position: int, frame: Frame) -> None:
+        raise NotImplementedError
+
+
+class NativeExecutable(Executable):
+    """A graph compiled for the CPU: each segment is one call of a native function."""
+
+    def __init__(self, manifest: Manifest, library: Path, fallbacks: Sequence[Callable[[Frame], None]] = ()) -> None:
+        super().__init__(manifest, fallbacks)
+        self.library = ctypes.CDLL(str(library))
+        self.functions = [getattr(self.library, f"run_{i}") for i in range(manifest.segments)]
+        for function in self.functions:
+            function.restype = None
+            function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
+        self.arena_bytes = self.library.arena_bytes
+        self.arena_bytes.restype = ctypes.c_int64
+        self.arena_bytes.argtypes = (ctypes.c_void_p,)
+        self.arena = torch.empty(0, dtype=torch.uint8)
+        self.size_array = (ctypes.c_int64 * max(1, len(manifest.sizes)))()
+        self.pointers = (ctypes.c_void_p * max(1, len(manifest.buffers)))()
+        self.bound_sizes: tuple[int, ...] | None = None
+
+    def run_segment(self, position: int, frame: Frame) -> None:
+        if frame.sizes != self.bound_sizes:
+            self.size_array[: len(frame.sizes)] = frame.sizes
+            needed = self.arena_bytes(self.size_array) + 64
+            if self.arena.numel() < needed:
+                self.arena = torch.empty(needed, dtype=torch.uint8)
+            self.bound_sizes = frame.sizes
+        for i, buffer in enumerate(self.manifest.buffers):
+            tensor = frame.buffers.get(buffer.name)
+            self.pointers[i] = None if tensor is None else tensor.data_ptr()
+        arena = -(-self.arena.data_ptr() // 64) * 64
+        self.functions[position](self.pointers, self.size_array, arena, torch.get_num_threads())
