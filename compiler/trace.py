@@ -10,6 +10,7 @@ the like are still one node each.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,7 @@ def trace(model: Any, *, name: str = "forward") -> Graph:
         raise InputError("expected a model in evaluation mode, found training mode: call model.eval() first")
     inputs = _example_inputs(module)
     names = _canonical_names(module)
-    with torch.no_grad(), _fake_parameters(module):
+    with torch.no_grad(), _fake_parameters(module), _quiet():
         program = _export_with_some_attention(module, inputs)
     return _to_graph(program, name, iter(inputs), names, source)
 
@@ -139,30 +140,71 @@ def _export_with_some_attention(module: nn.Module, inputs: dict[str, Tensor]) ->
 def _export(module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
     """Export with batch and length symbolic; where the model bounds them, once more with the bounds it derives."""
     from torch._dynamo.exc import UserError
-    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
-    sizes = {0: Dim("B", min=1), 1: Dim("S", min=1)}
-    dynamic = ((sizes,) * len(inputs),)
     wrapper = _Logits(module, inputs).eval()
 
-    def export(dynamic: Any) -> ExportedProgram:
-        program = torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
+    def export(**bounds: Any) -> ExportedProgram:
+        batch, length = (Dim(name, **{"min": 1, **bounds.get(name, {})}) for name in ("B", "S"))
+        sizes = ({0: batch, 1: length},) * len(inputs)
+        program = torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=(sizes,), strict=False)
         return program.run_decompositions({})
 
     try:
         try:
-            return export(dynamic)
+            return export()
         except UserError as error:
-            if "Suggested fixes:" not in str(error):
+            bounds = _suggested_bounds(str(error))
+            if not bounds:
                 raise
-            return export(refine_dynamic_shapes_from_suggested_fixes(str(error), dynamic))
+            return export(**bounds)
     except Exception as error:
         raise ModelError(_refusal(module, error)) from error
 
 
+def _suggested_bounds(message: str) -> dict[str, dict[str, int]]:
+    """What the exporter asks for: `S = Dim('S', min=2, max=128)` --> {"S": {"min": 2, "max": 128}}
+
+    Where the largest size takes a branch of its own (`!= 128`: it needs no slice of a table), that size is left out.
+    """
+    _, _, fixes = message.partition("Suggested fixes:")
+    found = re.findall(r"(\w+) = Dim\('\w+'((?:, (?:min|max)=\d+)*)\)", fixes)
+    unequal = {int(size) for size in re.findall(r"!= (\d+)", message)}
+    bounds = {}
+    for name, options in found:
+        bounds[name] = {key: int(value) for key, value in re.findall(r"(min|max)=(\d+)", options)}
+        if bounds[name].get("max") in unequal:
+            bounds[name]["max"] -= 1
+    return bounds
+
+
 def _refusal(module: nn.Module, error: Exception) -> str:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """One line: what the exporter says first about the model, or about the size that it cannot keep symbolic."""
+    fixed = re.search(r"^\s+([BS]) = (\d+)$", str(error), re.MULTILINE)
+    if fixed:
+        size = {"B": "batch size", "S": "length"}[fixed[1]]
+        reason = f"the code needs a fixed {size} (it loops over it in Python, or branches on it)"
+    else:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"{type(module).__name__} cannot be traced with a symbolic batch and length: {reason}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: no warnings from PyTorch's and transformers' internals that a user can do nothing about."""
+    import logging
+    import warnings
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch._subclasses", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _to_graph(

@@ -58,11 +58,18 @@ def check_legal(graph: Graph, node: fx.Node) -> None:
         if op.name not in LEGAL[graph.dialect]:
             legal = ", ".join(sorted(LEGAL[graph.dialect])) or "no effc op"
             raise broken(graph, node, f"in the {graph.dialect} dialect {legal}", f"effc.{op.name}")
-        if op.mutates and node.args[0].op != "placeholder" and not op_mutates(node.args[0]):
+        if op.mutates and not is_placeholder(node.args[0]) and not op_mutates(node.args[0]):
             raise broken(graph, node, "a state to write to", node.args[0].name)
-    elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-        if not (isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"):
-            raise broken(graph, node, "an op that mutates nothing but an input", str(node.target))
+    elif is_mutable(node) and not is_placeholder(node.args[0]):
+        raise broken(graph, node, "an op that mutates nothing but an input", str(node.target))
+
+
+def is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_placeholder(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "placeholder"
 
 
 def op_mutates(node: fx.Node) -> bool:

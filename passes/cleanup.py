@@ -16,7 +16,7 @@ from ..compiler.rewrite import PassResult, erase_unused
 
 def cleanup(graph: Graph) -> PassResult:
     """Equal calls become one; unused calls and weights go."""
-    return PassResult(merge_equal_calls(graph) + merge_equal_weights(graph) + erase_dead_code(graph))
+    return PassResult(merge_equal_weights(graph) + merge_equal_calls(graph) + erase_dead_code(graph))
 
 
 def merge_equal_calls(graph: Graph) -> int:

@@ -27,7 +27,7 @@ from ..compiler.graph import Graph, is_tensor, size_expr
 from ..compiler.pattern import any_, arguments, const, op, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, insert, replace, rewrite
 from ..compiler.weights import Constant
-from .cleanup import erase_dead_code, merge_equal_calls
+from .cleanup import erase_dead_code, merge_equal_calls, merge_equal_weights
 
 aten = torch.ops.aten
 
@@ -329,7 +329,8 @@ def normalize(graph: Graph) -> PassResult:
     """Bring every call into the form that the module's docstring lists."""
     changes = erase_assertions(graph) + use_input_sizes(graph) + tidy_arguments(graph)
     result = rewrite(graph, RULES)
-    result.matches += changes + merge_equal_calls(graph) + erase_dead_code(graph)
+    changes += merge_equal_weights(graph) + merge_equal_calls(graph) + erase_dead_code(graph)
+    result.matches += changes
     return result
 
 

@@ -1,0 +1,158 @@
+"""The compiler as a list of passes: run in order, timed, counted, verified, and dumped when asked.
+
+fused, report = run(graph)
+fused, report = run(graph, ["normalize", "fuse_norm"], skip=["fuse_norm"], dump=Path("dump"))
+print(report)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..compiler.errors import InputError
+from ..compiler.graph import Graph
+from ..compiler.rewrite import Miss, PassResult
+from ..compiler.show import count_ops, differences, show, show_differences
+from ..compiler.verify import VerificationError
+from ..compiler.verify import verify as verify_graph
+from .cleanup import cleanup
+from .normalize import normalize
+
+Pass = Callable[[Graph], PassResult | Graph]
+"""Mutates the graph it is given and says what it did, or returns another graph."""
+
+PASSES: tuple[Pass, ...] = (
+    normalize,
+    cleanup,
+)
+
+
+@dataclass
+class Step:
+    """What one pass did. seconds: its own time, without verification and dumps. changes: calls that came or went."""
+
+    name: str
+    seconds: float
+    matches: int
+    misses: list[Miss]
+    changes: dict[str, int]
+    nodes: int
+
+
+@dataclass
+class Report:
+    """What a pipeline did to one graph, pass by pass; prints as a table."""
+
+    graph: str
+    nodes: int
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def matches(self) -> dict[str, int]:
+        return {step.name: step.matches for step in self.steps}
+
+    @property
+    def misses(self) -> list[Miss]:
+        return [miss for step in self.steps for miss in step.misses]
+
+    def __str__(self) -> str:
+        lines = [f"{'pass':16} {'ms':>7} {'matches':>7} {'misses':>6} {'nodes':>6}  calls that came and went"]
+        lines.append(f"{'(' + self.graph + ')':16} {'':7} {'':7} {'':6} {self.nodes:6}")
+        for step in self.steps:
+            lines.append(
+                f"{step.name:16} {step.seconds * 1e3:7.1f} {step.matches:7} {len(step.misses):6} {step.nodes:6}  "
+                + show_differences(step.changes)
+            )
+        lines += [f"miss: {step.name}: {miss}" for step in self.steps for miss in step.misses]
+        return "\n".join(lines) + "\n"
+
+
+def run(
+    graph: Graph,
+    passes: Iterable[Pass | str] = PASSES,
+    *,
+    skip: Iterable[str] = (),
+    verify: bool = True,
+    dump: Path | None = None,
+) -> tuple[Graph, Report]:
+    """A copy of `graph` after the passes, and what each did.
+
+    passes: functions, or names of passes in `PASSES`. skip: names to leave out. verify: check the graph after each
+    pass. dump: a folder for the graph before and after each pass as numbered text files, with `index.txt`.
+    Raises InputError for a name that no pass has, VerificationError where a pass leaves a broken graph.
+    """
+    passes = [find(item) for item in passes]
+    skipped = set(skip)
+    check_names(skipped, {name_of(function) for function in (*passes, *PASSES)})
+    graph = graph.copy()
+    report = Report(graph.name, sum(count_ops(graph).values()))
+    dumps = Dumps(dump, graph) if dump else None
+    for function in passes:
+        if name_of(function) in skipped:
+            continue
+        graph, step = run_pass(graph, function, verify)
+        report.steps.append(step)
+        if dumps:
+            dumps.add(graph, step, report)
+    return graph, report
+
+
+def run_pass(graph: Graph, function: Pass, verify: bool) -> tuple[Graph, Step]:
+    before = count_ops(graph)
+    start = time.perf_counter()
+    result = function(graph)
+    seconds = time.perf_counter() - start
+    if isinstance(result, Graph):
+        graph, result = result, PassResult()
+    after = count_ops(graph)
+    changes = differences(before, after)
+    if verify:
+        try:
+            verify_graph(graph)
+        except VerificationError as error:
+            raise VerificationError(f"after {name_of(function)}: {error}") from error
+    step = Step(name_of(function), seconds, result.matches, result.misses, changes, sum(after.values()))
+    return graph, step
+
+
+def find(item: Pass | str) -> Pass:
+    if not isinstance(item, str):
+        return item
+    by_name = {name_of(function): function for function in PASSES}
+    check_names({item}, set(by_name))
+    return by_name[item]
+
+
+def name_of(function: Pass) -> str:
+    """The name of a pass is that of its function, also where arguments are bound."""
+    return getattr(function, "func", function).__name__
+
+
+def check_names(names: set[str], known: set[str]) -> None:
+    unknown = sorted(names - known)
+    if unknown:
+        raise InputError(f"expected names of passes ({', '.join(sorted(known))}), found {', '.join(unknown)}")
+
+
+class Dumps:
+    """`00_traced.txt`, `01_normalize.txt`, ... and `index.txt`, in a folder named after the graph."""
+
+    def __init__(self, folder: Path, graph: Graph) -> None:
+        self.folder = Path(folder) / graph.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in (*self.folder.glob("[0-9][0-9]_*.txt"), self.folder / "index.txt"):
+            old.unlink(missing_ok=True)
+        self.files = [f"00_{graph.dialect}.txt"]
+        self.write(self.files[0], show(graph))
+
+    def add(self, graph: Graph, step: Step, report: Report) -> None:
+        self.files.append(f"{len(self.files):02}_{step.name}.txt")
+        self.write(self.files[-1], show(graph))
+        lines = [f"{before} -> {after}" for before, after in zip(self.files, self.files[1:])]
+        self.write("index.txt", f"{report}\nbefore -> after\n" + "\n".join(lines) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text, encoding="utf-8")

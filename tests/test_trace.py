@@ -1,0 +1,118 @@
+import copy
+
+import pytest
+import torch
+from effc.compiler.errors import InputError, ModelError
+from effc.compiler.graph import sizes
+from effc.compiler.interpret import run
+from effc.compiler.sources import ModuleSource
+from effc.compiler.trace import trace
+from effc.compiler.verify import verify
+from effc.compiler.weights import Constant, Read
+from torch import nn
+
+from .tiny_models import SIZES, example_inputs, tiny_model, traced, worst_error
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma", "GPT2", "OPT", "Bloom"])
+def test_a_trace_equals_eager_exactly_at_every_size(family):
+    model, graph = traced(family)
+    verify(graph)
+    assert graph.dialect == "traced"
+    for batch, length in SIZES:
+        assert worst_error(graph, model, example_inputs(batch, length, seed=length)) == 0.0
+
+
+def test_inputs_are_those_that_forward_accepts():
+    assert traced("Llama")[1].inputs == ["input_ids", "attention_mask", "position_ids"]
+    assert traced("Bloom")[1].inputs == ["input_ids", "attention_mask"]
+
+
+def test_all_inputs_and_the_logits_share_two_symbolic_sizes():
+    _, graph = traced()
+    shapes = {sizes(graph.placeholder(name)) for name in graph.inputs}
+    assert len(shapes) == 1
+    batch, length = shapes.pop()
+    assert batch.is_Symbol
+    assert length.is_Symbol
+    assert sizes(graph.outputs[0]) == (batch, length, 97)
+
+
+def test_weights_are_read_by_state_dict_name_and_computed_buffers_are_constants():
+    model, graph = traced()
+    reads = {recipe.name for recipe in graph.weights.values() if isinstance(recipe, Read)}
+    constants = [name for name, recipe in graph.weights.items() if isinstance(recipe, Constant)]
+    assert reads == {name for name, _ in model.named_parameters()}
+    assert constants == ["model_rotary_emb_inv_freq"]
+
+
+def test_tied_weights_are_one_placeholder_with_the_first_name():
+    graph = trace(tiny_model(tie_word_embeddings=True, num_hidden_layers=1))
+    names = [recipe.name for recipe in graph.weights.values() if isinstance(recipe, Read)]
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_parameters_on_the_meta_device_give_the_same_graph_and_stay_there():
+    model = tiny_model(tie_word_embeddings=True, num_hidden_layers=1)
+    skeleton = copy.deepcopy(model)
+    for owner in skeleton.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    skeleton.tie_weights()
+    graph = trace(skeleton)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert graph.weights == trace(model).weights
+    assert str(graph) == str(trace(model))
+    assert worst_error(graph, model, example_inputs(2, 5)) == 0.0
+
+
+def test_a_meta_buffer_without_values_is_refused():
+    model = tiny_model()
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.to("meta")
+    with pytest.raises(ModelError, match=r"buffer model\.rotary_emb\.inv_freq is on the meta device"):
+        trace(model)
+
+
+def test_the_models_own_attention_is_put_back():
+    model = tiny_model(num_hidden_layers=1)
+    model.set_attn_implementation("eager")
+    trace(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_length_bounded_by_a_table_is_reported():
+    model = tiny_model("GPTNeo")
+    graph = trace(model)
+    assert [note for note in graph.notes if "127" in note]
+    assert worst_error(graph, model, example_inputs(2, 127)) == 0.0
+
+
+def test_a_loop_over_the_sequence_is_refused_in_one_line():
+    with pytest.raises(ModelError, match=r"MambaForCausalLM cannot be traced .* fixed length") as error:
+        trace(tiny_model("Mamba"))
+    assert "\n" not in str(error.value)
+
+
+def test_training_mode_and_models_without_tokens_are_refused():
+    with pytest.raises(InputError, match=r"training mode: call model\.eval\(\)"):
+        trace(tiny_model().train())
+    with pytest.raises(InputError, match=r"takes input_ids, found Linear\(input\)"):
+        trace(nn.Linear(2, 2).eval())
+
+
+def test_a_model_that_returns_a_tensor_and_knows_no_cache():
+    class Bigram(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 10)
+
+        def forward(self, input_ids):
+            return self.table(input_ids)
+
+    model = Bigram().eval()
+    graph = trace(model)
+    ids = torch.tensor([[1, 2, 3]])
+    (logits,) = run(graph, {"input_ids": ids}, ModuleSource(model))
+    assert torch.equal(logits, model(ids))
