@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .graph import Graph
@@ -178,7 +179,7 @@ def op_name(target: Any) -> str | None:
 def infer(graph: Graph, target: Any, args: Any, kwargs: Any) -> Any:
     """The shape and dtype that a call would have, as a fake tensor (or a size), from the op's shape rule."""
     args, kwargs = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-    with fake_mode(graph), torch.no_grad():
+    with fake_mode(graph), enable_python_dispatcher(), torch.no_grad():
         return target(*args, **kwargs)
 
 
