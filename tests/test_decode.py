@@ -1,7 +1,5 @@
 """Decoding loops over a program: equal to transformers' `generate`, whatever the batch, the padding or the chunks."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from effc.compiler.errors import InputError
@@ -9,16 +7,7 @@ from effc.runtime.decode import decode_one, extend, generate, prefill, stream
 from effc.runtime.kv_cache import KVCache, reuse_or_allocate
 from effc.runtime.sampling_params import SamplingParams
 
-from .tiny_llama import ScriptedProgram, TinyProgram, tiny_llama
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from .tiny_llama import ScriptedProgram, TinyProgram, one_thread, tiny_llama  # noqa: F401
 
 
 @pytest.fixture(scope="module")

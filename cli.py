@@ -1,0 +1,295 @@
+"""The commands: `effc pull | generate | dump | explain | bench`.
+
+Nothing heavy is imported before the arguments are known to be good. What the model says, paths and tables go to
+standard output; progress and statistics go to standard error, and only where that is a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .compiler.errors import EffcError, InputError
+from .runtime.sampling_params import SamplingParams, check_max_new_tokens
+from .runtime.store import DEFAULT_MODEL, MODELS, Progress, pull, resolve
+
+if TYPE_CHECKING:
+    import torch
+
+    from .llm import TextStream
+
+app = typer.Typer(
+    name="effc",
+    help="A compiler for LLM inference: fx graphs, rewrite passes, generated Triton kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(StrEnum):
+    """What the weights become."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}[self]
+
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="A known name, a GGUF file or a Hugging Face folder.")]
+ModelArgument = Annotated[str, typer.Argument(help="A known name, a GGUF file or a Hugging Face folder.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="What the weights become; fp32 unless the model says bf16.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def common(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
+) -> None:
+    """Options of every command; `run` reads --traceback itself, wherever it stands."""
+
+
+@app.command("pull")
+def pull_command(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(MODELS)}.")] = DEFAULT_MODEL,
+) -> None:
+    """Fetch a known model into the cache and print its path."""
+    with progress_bar() as progress:
+        path = pull(name, progress)
+    print(path)
+
+
+@app.command("generate")
+def generate_command(
+    prompt: Annotated[str | None, typer.Argument(help="What to say; - or nothing reads standard input.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system message of the chat.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", help="At most this many; 256, or what has room.")
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most probable tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most probable mass; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Least probability, relative to the largest; 0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition rarer.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a prompt, token by token."""
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if max_new_tokens is not None:
+        check_max_new_tokens(max_new_tokens)
+    text = read_prompt(prompt)
+    path = located(model)
+    with status(f"opening {model}"):
+        from .llm import LLM
+
+        llm = LLM(path, dtype=dtype and dtype.torch_dtype())
+    chat = not raw
+    if chat and llm.codec.chat_template is None:
+        chat = False
+        print(f"effc: {model} has no chat template: the prompt goes in as it is", file=sys.stderr)
+    options = {"chat": chat, "system": system, "max_new_tokens": max_new_tokens, "stop": stop or ()}
+    answer = llm.stream(text, ignore_eos=ignore_eos, **options, **vars(params))
+    show_answer(answer, as_json)
+
+
+def show_answer(answer: TextStream, as_json: bool) -> None:
+    """Print the pieces as they come, or one JSON object at the end; then how fast it went."""
+    start = time.perf_counter()
+    first: float | None = None
+    pieces = []
+    for piece in answer:
+        first = time.perf_counter() - start if first is None else first
+        pieces.append(piece)
+        if not as_json:
+            print(piece, end="", flush=True)
+    seconds = time.perf_counter() - start
+    first = seconds if first is None else first
+    if as_json:
+        result = {
+            "text": "".join(pieces),
+            "tokens": answer.tokens,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "seconds_to_first_text": first,
+            "seconds": seconds,
+        }
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    print()
+    if sys.stderr.isatty():
+        made = len(answer.tokens)
+        speed = f", then {(made - 1) / (seconds - first):.1f} tokens/s" if made > 1 and seconds > first else ""
+        print(
+            f"[{answer.prompt_tokens} tokens read, first text after {first:.2f} s; {made} written{speed};"
+            f" ended by {answer.finish_reason}]",
+            file=sys.stderr,
+        )
+
+
+@app.command("dump")
+def dump_command(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
+    dtype: DtypeOption = None,
+) -> None:
+    """Write the graphs before and after each pass, the kernels and the memory plan; print the path of the index."""
+    path = located(model)
+    with status(f"compiling {model}"):
+        from . import dump
+
+        index = dump(path, output, dtype=dtype and dtype.torch_dtype())
+    print(index)
+
+
+@app.command("explain")
+def explain_command(model: ModelArgument, dtype: DtypeOption = None, as_json: JsonOption = False) -> None:
+    """Print what the passes matched and missed, the kernels, and what falls back to ATen."""
+    path = located(model)
+    with status(f"compiling {model}"):
+        from . import compile as compile_model
+
+        explanation = compile_model(path, dtype=dtype and dtype.torch_dtype()).explain()
+    if as_json:
+        print(json.dumps(explanation.to_dict(), ensure_ascii=False))
+    else:
+        show(explanation)
+
+
+@app.command(
+    "bench",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench_command(context: typer.Context) -> None:
+    """Measure prefill and decode beside other engines: bench/decode.py, which takes all further arguments."""
+    script = Path(__file__).parent / "bench" / "decode.py"
+    if not script.is_file():
+        raise InputError(f"effc bench runs {script}, which is not there: run it from a checkout of the repository")
+    raise typer.Exit(load_script(script).main(context.args) or 0)
+
+
+def load_script(path: Path) -> Any:
+    """A file outside the package as a module; its `main(arguments: list[str]) -> int | None` is the command."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location(f"effc_{path.parent.name}_{path.stem}", path)
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt given, or standard input; never waits for a person who did not ask for that."""
+    if prompt is None and sys.stdin.isatty():
+        raise InputError("there is no prompt: give it as an argument, or - to type it")
+    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    if not text.strip():
+        raise InputError("the prompt is empty: give at least one word")
+    return text
+
+
+def located(model: str) -> Path:
+    """The path of a model, pulled first if it is a known name that is not in the cache."""
+    with progress_bar() as progress:
+        return resolve(model, progress)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """A bar for what takes long, on a terminal; None elsewhere. It appears with the first report."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bars = Bars(*columns, console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if not tasks:
+            bars.start()
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bars.stop()
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner while the block runs, on a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def show(table: Any) -> None:
+    """Print a report: as wide as the terminal, or unwrapped where there is none."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; the exit code: 0, 1 for an error (told in one line), 2 for a wrong use, 130 if interrupted."""
+    options, literal = list(arguments), []
+    if "--" in options:
+        cut = options.index("--")
+        options, literal = options[:cut], options[cut:]
+    traceback = "--traceback" in options
+    options = [option for option in options if option != "--traceback"]
+    try:
+        app(options + literal, prog_name="effc")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:
+        if traceback:
+            raise
+        print(f"effc: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong; an error that is not the user's says its kind and how to see more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, EffcError):
+        return text
+    return f"internal error: {type(error).__name__}: {text} (see it whole with --traceback)"
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
