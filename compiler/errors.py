@@ -23,3 +23,9 @@ class ToolchainError(EffcError):
 
 class UnsupportedKernel(EffcError):
     """A Triton kernel uses an operation that the CPU target does not implement."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says, fit to stand inside one of our lines."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

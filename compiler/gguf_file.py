@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import ModelError
+from .errors import ModelError, one_line
 from .weights import Add, Concat, Constant, Read, Reshape, Shape, Transpose, Weight, read
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ MAGIC = b"GGUF"
 class GgufSource:
     """The tensors of a GGUF file under the file's own names, mapped into memory and dequantized to fp32 when read.
 
+    architecture: `general.architecture`, the family as llama.cpp names it.
     Raises ModelError where the file is missing, is no GGUF file, or is shorter than its header says.
     """
 
@@ -42,21 +43,17 @@ class GgufSource:
             raise ModelError(f"{path} is not a GGUF file: expected it to start with {MAGIC!r}, found {start!r}")
         try:
             self._reader = _header_reader()(path, mode="c")
+            self.architecture = str(self.field("general.architecture", "unknown"))
         except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
             raise ModelError(
                 f"{path} is truncated or damaged: expected what its header lists, found {path.stat().st_size} bytes "
-                f"({_one_line(error)}); get the file again"
+                f"({one_line(error)}); get the file again"
             ) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
-
-    @property
-    def architecture(self) -> str:
-        """`general.architecture`: the family as llama.cpp names it."""
-        return str(self.field("general.architecture", "unknown"))
 
     def field(self, key: str, default: Any = None) -> Any:
         """A scalar or text of the file's metadata."""
@@ -234,7 +231,3 @@ def _paths(base: str) -> Iterator[str]:
     while base:
         yield base
         base = base.partition(".")[2]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Files that decide what a folder means; with the safetensors they make up its identity.
-DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "spiece.model")
+DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *TOKENIZER_SOURCES)
 
 
 def tensor_files(folder: Path) -> list[Path]:

@@ -7,22 +7,19 @@ tokenizer imports neither transformers nor builds a model.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CacheError, InputError, ModelError
-from .gguf_file import GgufNames, GgufSource, check_architecture, complete_config
-from .hf_folder import DESCRIPTIONS, SafetensorsSource, folder_config, stored_dtype, tensor_files
+from .converted import config_of_gguf, converted, write_tokenizer
+from .errors import InputError, ModelError
+from .gguf_file import GgufNames, GgufSource, check_architecture
+from .hf_folder import DESCRIPTIONS, TOKENIZER_SOURCES, SafetensorsSource, folder_config, stored_dtype, tensor_files
 from .skeleton import on_meta, scale_rope, skeleton_of
 from .sources import MappedSource, ModuleSource
 from .weights import Cast, Constant, TensorSource, Weight, read
@@ -97,6 +94,9 @@ class LoadedModel:
             skeleton.tie_weights()
         return skeleton.requires_grad_(False).eval()
 
+    def _converted(self, kind: str, write: Callable[[Path], object]) -> Path:
+        return converted(self.cache, f"{self.name}-{self.identity}", kind, write)
+
     def _find(self, name: str) -> Weight | None:
         """The recipe over `base` for one parameter of the skeleton; None where the file does not hold it."""
         raise NotImplementedError
@@ -141,19 +141,10 @@ class GgufModel(LoadedModel):
 
     @cached_property
     def config(self) -> PretrainedConfig:
+        folder = self._converted("config", lambda folder: config_of_gguf(self.base).save_pretrained(folder))
         from transformers import AutoConfig
 
-        def convert(folder: Path) -> None:
-            try:
-                config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
-            except (ValueError, KeyError) as error:
-                raise ModelError(
-                    f"{self.path}: transformers cannot read the config of {self.base.architecture!r}: {error}"
-                ) from error
-            complete_config(config, self.base)
-            config.save_pretrained(folder)
-
-        return AutoConfig.from_pretrained(self._converted("config", convert), local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -165,37 +156,14 @@ class GgufModel(LoadedModel):
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        def convert(folder: Path) -> None:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, local_files_only=True)
-            tokenizer.save_pretrained(folder)
-
-        return self._converted("tokenizer", convert)
+        return self._converted("tokenizer", lambda folder: write_tokenizer(folder, self.path.parent, self.path.name))
 
     @cached_property
     def _names(self) -> GgufNames:
         return GgufNames(self.base, self.config)
 
-    @cached_property
-    def _scratch(self) -> tempfile.TemporaryDirectory:
-        return tempfile.TemporaryDirectory(prefix="effc-")
-
     def _find(self, name: str) -> Weight | None:
         return self._names.recipe(name)
-
-    def _converted(self, kind: str, convert: Callable[[Path], None]) -> Path:
-        """The folder with what `convert` writes: with a cache, made once per file and version of transformers."""
-        if self.cache is None:
-            folder = Path(self._scratch.name) / kind
-            folder.mkdir()
-            convert(folder)
-            return folder
-        entry = f"{self.path.stem}-{self.identity}-transformers-{version('transformers')}"
-        folder = self.cache / "converted" / entry / kind
-        if not folder.is_dir():
-            _make_folder(folder, convert)
-        return folder
 
 
 @dataclass
@@ -230,7 +198,11 @@ class FolderModel(LoadedModel):
 
     @cached_property
     def tokenizer_folder(self) -> Path | None:
-        return self.path if (self.path / "tokenizer.json").is_file() else None
+        if (self.path / "tokenizer.json").is_file():
+            return self.path
+        if not any((self.path / name).is_file() for name in TOKENIZER_SOURCES):
+            return None
+        return self._converted("tokenizer", lambda folder: write_tokenizer(folder, self.path))
 
     def _find(self, name: str) -> Weight | None:
         prefix = getattr(self.skeleton, "base_model_prefix", "") + "."
@@ -254,7 +226,7 @@ class FolderModel(LoadedModel):
 class ModuleModel(LoadedModel):
     """A module in memory: its parameters are read by reference, nothing is copied."""
 
-    original: nn.Module = field(default_factory=nn.Module)
+    original: nn.Module = field(default_factory=nn.Module, repr=False)
 
     @cached_property
     def config(self) -> PretrainedConfig | None:
@@ -299,7 +271,7 @@ def load(model: str | Path | nn.Module, dtype: torch.dtype | None = None, cache:
     path = Path(model).expanduser().resolve()
     if path.is_dir():
         loaded = FolderModel(path.name, None, dtype or stored_dtype(path), cache, path=path)
-        _ = loaded.config, loaded.base
+        _ = loaded.base
         loaded.identity = _identity(*tensor_files(path), *(path / name for name in DESCRIPTIONS))
         return loaded
     if not path.exists():
@@ -322,20 +294,3 @@ def _identity(*files: Path) -> str:
 def _dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of the first floating parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _make_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write into a temporary folder beside `folder` and rename it: nobody sees a part, and one of two writers wins."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    except OSError as error:
-        raise CacheError(f"cannot write to the cache at {folder.parent}: {error.strerror}") from error
-    try:
-        write(scratch)
-        os.rename(scratch, folder)
-    except OSError as error:
-        if not folder.is_dir():
-            raise CacheError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

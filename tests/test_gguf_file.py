@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import gguf
 import pytest
@@ -292,6 +295,23 @@ def test_a_truncated_file_is_one_line(llama, kept: float):
     one_line(error)
 
 
+def test_a_damaged_header_is_one_line_or_read(llama, tmp_path: Path):
+    print("seed", SEED)
+    random = Random(SEED)
+    content = llama[0].read_bytes()
+    refusals = []
+    for _ in range(150):
+        damaged = bytearray(content)
+        damaged[random.randrange(4, 600)] = random.randrange(256)
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            GgufSource(tmp_path / "damaged.gguf")
+        except ModelError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert not any("\n" in refusal for refusal in refusals)
+
+
 def test_an_unsupported_architecture_is_named(tmp_path: Path):
     writer = gguf.GGUFWriter(tmp_path / "mamba.gguf", "mamba")
     writer.write_header_to_file()
@@ -345,11 +365,23 @@ def test_a_cache_that_cannot_be_written_is_one_line(llama, tmp_path: Path):
     one_line(error)
 
 
+def test_a_full_disk_while_converting_is_one_line_and_leaves_nothing(llama, tmp_path: Path, monkeypatch):
+    def full(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(transformers.PretrainedConfig, "save_pretrained", full)
+    with pytest.raises(CacheError, match="No space left on device") as error:
+        _ = load(llama[0], cache=tmp_path / "cache").config
+    one_line(error)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() or path.name == "config"] == []
+
+
 def test_opening_a_known_file_imports_no_transformers(llama, tmp_path: Path):
     _ = load(llama[0], cache=tmp_path).tokenizer_folder
     script = f"""
 import sys
 from pathlib import Path
+from random import Random
 from effc.compiler.load import load
 loaded = load({str(llama[0])!r}, cache=Path({str(tmp_path)!r}))
 assert loaded.base.read("blk.0.attn_q.weight").shape == (64, 64)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from effc.compiler.errors import InputError, ModelError
 from effc.compiler.load import load
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 SEED = 11
@@ -83,6 +84,17 @@ def test_a_folder_whose_layout_transformers_converts_is_read_and_said(tmp_path: 
     assert any("transformers converts the layout" in note for note in loaded.notes)
 
 
+def test_a_tokenizer_in_an_older_format_is_converted_into_the_cache(tmp_path: Path):
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    random_model(transformers.GPT2Config(**GPT2)).save_pretrained(folder)
+    words = ["<|endoftext|>", "a", "b", "ab"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    loaded = load(folder, cache=cache)
+    assert loaded.tokenizer_folder.is_relative_to(cache)
+    assert loaded.tokenizer("abba").input_ids == [3, 2, 1]
+
+
 def test_a_module_in_memory_is_taken_as_it_is():
     model = random_model(transformers.LlamaConfig(**SIZES))
     loaded = load(model)
@@ -146,9 +158,9 @@ def test_a_folder_without_a_config_or_without_tensors_is_one_line(tmp_path: Path
 
 def test_a_folder_of_an_unknown_model_names_it(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="unsupported architecture 'nonsense'") as error:
-        load(tmp_path)
+        _ = load(tmp_path).config
     one_line(error)
 
 
