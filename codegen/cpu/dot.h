@@ -1,8 +1,8 @@
 // tt.dot on one thread: acc[BM][BN] += a[BM][BK] * b[BK][BN], all row-major, in GCC vector types.
 //
-// multiply_tile() keeps Rows x Vecs vectors of acc in registers and adds one rank-1 update per k. It wants rows of a that
-// run along k and rows of b that run along n, in the type of acc. accumulate() hands it the caller's memory where that
-// is so, and packed copies where it is not: b whole, once per call; a in blocks of rows.
+// multiply_tile() keeps Rows x Vecs vectors of acc in registers and adds one rank-1 update per k. It wants rows of a
+// that run along k in the type of acc, and rows of b that run along n. accumulate() hands it the caller's memory where
+// that is so, and packed copies where it is not: b whole, once per call; a in blocks of rows.
 // With few rows, b stored along k is not transposed: multiply_row() takes dot products along k instead.
 #ifndef EFFC_DOT_H
 #define EFFC_DOT_H
@@ -36,10 +36,10 @@ static inline void store(T *p, Vec<T, Lanes> v) {
   *(typename Vector<T, Lanes>::in_memory *)p = v;
 }
 
-// load_as: Lanes elements of an operand as fp32, or as int32 for int8.
+// Lanes elements of an operand as T: fp32, or int32 for int8.
 template <typename T, int Lanes>
-static inline Vec<float, Lanes> load_as(const float *p) {
-  return load<float, Lanes>(p);
+static inline Vec<T, Lanes> load_as(const T *p) {
+  return load<T, Lanes>(p);
 }
 template <typename T, int Lanes>
 static inline Vec<int32_t, Lanes> load_as(const int8_t *p) {
@@ -47,10 +47,23 @@ static inline Vec<int32_t, Lanes> load_as(const int8_t *p) {
 }
 template <typename T, int Lanes>
 static inline Vec<float, Lanes> load_as(const bfloat16 *p) {
-  return (Vec<float, Lanes>)(__builtin_convertvector(load<uint16_t, Lanes>(&p->bits), Vec<uint32_t, Lanes>) << 16);
+  typedef Vec<uint32_t, Lanes> Bits;
+  Vec<uint16_t, Lanes> half = load<uint16_t, Lanes>(&p->bits);
+#if defined(__AVX2__) && !defined(__clang__)  // gcc 12 widens in two halves: 1.5 times slower in multiply_tile
+  if constexpr (Lanes == 8) return (Vec<float, 8>)((Bits)__builtin_ia32_pmovzxwd256((Vec<int16_t, 8>)half) << 16);
+#endif
+#if defined(__AVX512F__) && !defined(__clang__)
+  if constexpr (Lanes == 16)
+    return (Vec<float, 16>)((Bits)__builtin_ia32_pmovzxwd512_mask((Vec<int16_t, 16>)half, (Vec<int32_t, 16>){}, -1)
+                            << 16);
+#endif
+  return (Vec<float, Lanes>)(__builtin_convertvector(half, Bits) << 16);
 }
 template <typename T, int Lanes>
 static inline Vec<float, Lanes> load_as(const float16 *p) {
+#if defined(__F16C__) && defined(__clang__)
+  return __builtin_convertvector(load<_Float16, Lanes>((const _Float16 *)p), Vec<float, Lanes>);
+#else
   typedef Vec<uint32_t, Lanes> Bits;
   Vec<uint16_t, Lanes> half = load<uint16_t, Lanes>(&p->bits);
 #ifdef __F16C__
@@ -64,6 +77,7 @@ static inline Vec<float, Lanes> load_as(const float16 *p) {
   magnitude += (Bits)((bits & 0x7c00) == 0x7c00) & 0x70000000;  // infinity and NaN keep an all-ones exponent
   Vec<float, Lanes> value = (Vec<float, Lanes>)magnitude * 0x1p112f;
   return (Vec<float, Lanes>)((Bits)value | (bits & 0x8000) << 16);
+#endif
 }
 template <typename T, typename S>
 static inline T element_as(const S *p) {
@@ -73,10 +87,10 @@ static inline T element_as(const S *p) {
 // a * b + c, fused where the target can, whatever -ffp-contract says.
 template <typename T, int Lanes>
 static inline Vec<T, Lanes> multiply_add(Vec<T, Lanes> a, Vec<T, Lanes> b, Vec<T, Lanes> c) {
-#ifndef __clang__
-#ifdef __FMA__
+#if defined(__FMA__) && defined(__clang__)
+  if constexpr (std::is_same_v<T, float>) return __builtin_elementwise_fma(a, b, c);
+#elif defined(__FMA__)
   if constexpr (std::is_same_v<T, float> && Lanes == 8) return __builtin_ia32_vfmaddps256(a, b, c);
-#endif
 #ifdef __AVX512F__
   if constexpr (std::is_same_v<T, float> && Lanes == 16)
     return __builtin_ia32_vfmaddps512_mask(a, b, c, (uint16_t)-1, 4);
@@ -92,7 +106,7 @@ static inline Vec<T, Lanes> multiply_add(Vec<T, Lanes> a, Vec<T, Lanes> b, Vec<T
 #endif
 
 // One step of a butterfly over the bit Half of the lane number: exchange the lanes of x that have it with those of y
-// that have not. After the steps Lanes/2, Lanes/4, ..., 1 over vectors (i, i + Half), vector i lane l is vector l lane i.
+// that have not. The steps Lanes/2, Lanes/4, ..., 1 over vectors (i, i + Half) transpose a square of vectors.
 template <int Half, int Lanes, typename V, int... Lane>
 static inline void exchange(V &x, V &y, std::integer_sequence<int, Lane...>) {
   V low = DOT_SHUFFLE(Lanes, x, y, (Lane & Half ? Lanes + Lane - Half : Lane)...);
@@ -161,8 +175,8 @@ static __attribute__((noinline)) void pack(const S *from, int64_t row_stride, in
 }
 
 // c[Rows][Vecs * Lanes] += a[Rows][depth] * b[depth][Vecs * Lanes]
-template <typename T, int Lanes, int Rows, int Vecs>
-static __attribute__((noinline)) void multiply_tile(const T *a, int64_t a_row, const T *b, int64_t b_row, T *c,
+template <typename T, int Lanes, int Rows, int Vecs, typename S>
+static __attribute__((noinline)) void multiply_tile(const T *a, int64_t a_row, const S *b, int64_t b_row, T *c,
                                                     int64_t c_row, int64_t depth) {
   Vec<T, Lanes> sum[Rows][Vecs];
 #pragma GCC unroll 16
@@ -172,7 +186,7 @@ static __attribute__((noinline)) void multiply_tile(const T *a, int64_t a_row, c
   for (int64_t k = 0; k < depth; ++k, b += b_row) {
     Vec<T, Lanes> b_k[Vecs];
 #pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) b_k[j] = load<T, Lanes>(b + j * Lanes);
+    for (int j = 0; j < Vecs; ++j) b_k[j] = load_as<T, Lanes>(b + j * Lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       Vec<T, Lanes> a_ik = a[i * a_row + k] - Vec<T, Lanes>{};
@@ -191,11 +205,12 @@ template <int Lanes>
 constexpr int max_rows = Lanes >= 16 ? 8 : 6;
 
 // c[rows][BN] += a[rows][depth] * b[depth][BN] for rows up to max_rows.
-template <typename T, int Lanes, int BN, int Rows = max_rows<Lanes>>
-static inline void multiply_rows(int64_t rows, const T *a, int64_t a_row, const T *b, int64_t b_row, T *c,
+template <typename T, int Lanes, int BN, int Rows, typename S>
+static inline void multiply_rows(int64_t rows, const T *a, int64_t a_row, const S *b, int64_t b_row, T *c,
                                  int64_t depth) {
   if (rows == Rows) {
-    constexpr int wide = Rows * 4 <= max_rows<Lanes> * 2 ? 4 : 2, vecs = BN / Lanes < wide ? BN / Lanes : wide;
+    constexpr int wide = Rows * 4 <= max_rows<Lanes> * 2 ? 4 : 2;
+    constexpr int vecs = BN / Lanes < wide ? BN / Lanes : wide;
     for (int j = 0; j < BN; j += vecs * Lanes)
       multiply_tile<T, Lanes, Rows, vecs>(a, a_row, b + j, b_row, c + j, BN, depth);
   } else if constexpr (Rows > 1) {
@@ -248,26 +263,23 @@ static __attribute__((noinline)) void accumulate(const A *a, int64_t a_row, int6
   if (cols <= 0) return;
 
   bool along_k = b_row == 1 && rows <= 4;
-  const T *packed = b_panel;
-  if (std::is_same_v<T, B> && b_col == 1 && cols == BN)
-    packed = (const T *)b;
-  else if (!along_k) {
-    pack<T, lanes>(b, b_row, b_col, depth, cols, b_panel, BN);
-    b_row = BN;
-  }
+  bool in_place = b_col == 1 && cols == BN && (std::is_same_v<T, B> || rows <= block);  // convert at most once
+  if (!along_k && !in_place) pack<T, lanes>(b, b_row, b_col, depth, cols, b_panel, BN);
+
   for (int64_t i = 0; i < rows; i += block) {
-    int64_t block_rows = rows - i < block ? rows - i : block, block_stride = a_row;
-    const T *a_block = (const T *)(a + i * a_row);
-    if (!std::is_same_v<T, A> || a_col != 1) {
-      pack<T, k_lanes>(a + i * a_row, a_row, a_col, block_rows, depth, a_panel, BK);
-      a_block = a_panel;
-      block_stride = BK;
-    }
+    int64_t block_rows = rows - i < block ? rows - i : block, block_stride = BK;
+    const T *a_block = a_panel;
+    if constexpr (std::is_same_v<T, A>)
+      if (a_col == 1) a_block = a + i * a_row, block_stride = a_row;
+    if (a_block == a_panel) pack<T, k_lanes>(a + i * a_row, a_row, a_col, block_rows, depth, a_panel, BK);
+    T *c = acc + i * BN;
     if (along_k)
       for (int64_t r = 0; r < block_rows; ++r)
-        multiply_row<T, k_lanes>(a_block + r * block_stride, b, b_col, acc + (i + r) * BN, cols, depth);
+        multiply_row<T, k_lanes>(a_block + r * block_stride, b, b_col, c + r * BN, cols, depth);
+    else if (in_place)
+      multiply_rows<T, lanes, BN, block>(block_rows, a_block, block_stride, b, b_row, c, depth);
     else
-      multiply_rows<T, lanes, BN, block>(block_rows, a_block, block_stride, packed, b_row, acc + i * BN, depth);
+      multiply_rows<T, lanes, BN, block>(block_rows, a_block, block_stride, b_panel, int64_t(BN), c, depth);
   }
 }
 }  // namespace dot
