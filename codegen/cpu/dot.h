@@ -263,7 +263,7 @@ static __attribute__((noinline)) void accumulate(const A *a, int64_t a_row, int6
   if (cols <= 0) return;
 
   bool along_k = b_row == 1 && rows <= 4;
-  bool in_place = b_col == 1 && cols == BN && (std::is_same_v<T, B> || rows <= block);  // convert at most once
+  bool in_place = b_col == 1 && cols == BN;  // converting 16-bit b at each use costs less than a panel
   if (!along_k && !in_place) pack<T, lanes>(b, b_row, b_col, depth, cols, b_panel, BN);
 
   for (int64_t i = 0; i < rows; i += block) {
