@@ -1,0 +1,280 @@
+"""Print a kernel: scalars and control flow as they stand, tensors through the nests of `roots`."""
+
+import os
+
+from ...compiler.errors import UnsupportedKernel
+from .cells import Cell, number
+from .evaluate import Stored, constant_cell, from_memory, row_major, to_memory
+from .ir import Block, Function, Op, Type, Value
+from .plan import Plan, is_lazy
+from .roots import RootPrinter
+from .spelling import MEMORY, SCALAR, is_elementwise, lanes_type, pointee_type, scalar_type, spell, unsupported
+
+PROGRAM = ("pid_x", "pid_y", "pid_z")
+GRID = ("num_x", "num_y", "num_z")
+AXES = {"x": 0, "y": 1, "z": 2}
+LARGE = 1 << 30
+IGNORED = frozenset(
+    ("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.return", "cf.assert", "tt.assert", "tt.print", "ub.poison")
+)
+MAX_STACK = 1 << 20
+
+
+class KernelPrinter:
+    """State of printing one kernel: lines so far, arrays of stored tensors, facts about scalars."""
+
+    def __init__(self, function: Function, name: str, lanes: int, divisible: frozenset[str] = frozenset()):
+        self.function, self.name, self.lanes = function, name, lanes
+        self.plan = Plan(function)
+        self.analysis = self.plan.analysis
+        self.storage: dict[Value, Stored] = {}
+        self.helpers: dict[str, None] = {}
+        self.lines: list[str] = []
+        self.indent = 1
+        self.names = {value.name for op in function.body.walk() for value in op.results} | {
+            a.name for a in function.args
+        }
+        self.names |= {arg.name for op in function.body.walk() for block in op.blocks for arg in block.args}
+        self.names |= set(PROGRAM + GRID)
+        self.nonnegative: set[Value] = set()
+        self.stack_bytes = 0
+        self.roots = RootPrinter(self)
+        self.last_location: tuple[str, int] | None = None
+        for arg in function.args:
+            if arg.name in divisible:
+                self.analysis.divisors[arg] = 16
+
+    # -- text
+
+    def emit(self, line: str) -> None:
+        self.lines.append("  " * self.indent + line)
+
+    def emit_all(self, lines: list[str]) -> None:
+        for line in lines:
+            self.emit(line)
+
+    def fresh(self, hint: str) -> str:
+        unique, count = hint, 1
+        while unique in self.names:
+            count += 1
+            unique = f"{hint}_{count}"
+        self.names.add(unique)
+        return unique
+
+    def comment(self, op: Op) -> None:
+        """The line of Triton source that the following statements stand for."""
+        if op.location is None or op.location == self.last_location:
+            return
+        self.last_location = op.location
+        path, line = op.location
+        self.emit(f"// {os.path.basename(path)}:{line}{source_line(path, line)}")
+
+    def array(self, value_type: Type, hint: str) -> Stored:
+        name = self.fresh(hint)
+        self.stack_bytes += value_type.numel * 8
+        if self.stack_bytes > 8 * MAX_STACK:
+            raise UnsupportedKernel(
+                f"kernel {self.name}: its blocks need more than {MAX_STACK >> 20} MiB of stack on CPU; use smaller ones"
+            )
+        self.emit(f"alignas(64) {array_type(value_type)} {name}[{value_type.numel}];")
+        return Stored(name, value_type, row_major(value_type.shape))
+
+    # -- the kernel
+
+    def print(self) -> str:
+        self.block(self.function.body)
+        params = [f"{declaration(scalar_type(a.type), a.name)}" for a in self.function.args]
+        params += [f"int32_t {name}" for name in PROGRAM + GRID]
+        head = f"static void {self.name}({', '.join(params)}) {{"
+        unused = "  " + " ".join(f"(void){name};" for name in PROGRAM + GRID)
+        return "\n".join([*self.helpers, head, unused, *self.lines, "}"]) + "\n"
+
+    def block(self, block: Block) -> None:
+        for op in block.ops:
+            self.op(op)
+
+    def op(self, op: Op) -> None:
+        if op.name in IGNORED or op.name in ("scf.yield", "scf.condition"):
+            return
+        if op.name in ("scf.for", "scf.if", "scf.while"):
+            self.comment(op)
+            {"scf.for": self.print_for, "scf.if": self.print_if, "scf.while": self.print_while}[op.name](op)
+            self.last_location = None
+        elif is_lazy(op):
+            if op.result in self.plan.stored:
+                self.comment(op)
+                self.roots.materialize(op.result)
+        elif op.name in self.roots.PRINTERS:
+            self.comment(op)
+            self.roots.PRINTERS[op.name](self.roots, op)
+        else:
+            self.scalar_op(op)
+
+    # -- scalars
+
+    def scalar_cell(self, value: Value) -> Cell:
+        if value.op is not None and value.op.name == "arith.constant":
+            return constant_cell(value.op)
+        divisor = self.analysis.divisors.get(value, 1)
+        return Cell("uniform", value.name, divisor=divisor, nonnegative=value in self.nonnegative)
+
+    def text(self, value: Value) -> str:
+        return self.scalar_cell(value).text
+
+    def let(self, value: Value, text: str) -> None:
+        self.emit(
+            f"{declaration(f'const {scalar_type(value.type)}' if value.type.element != 'ptr' else scalar_type(value.type), value.name)} = {text};"
+        )
+
+    def scalar_op(self, op: Op) -> None:
+        name = op.name
+        if name == "arith.constant":
+            return
+        if name in ("tt.get_program_id", "tt.get_num_programs"):
+            axis = AXES[str(next(w for w in op.attrs["words"] if w in AXES))]
+            self.let(op.result, (PROGRAM if name == "tt.get_program_id" else GRID)[axis])
+            self.nonnegative.add(op.result)
+            return
+        if name == "tt.load":
+            pointer, *rest = (self.text(operand) for operand in op.operands)
+            element = op.result.type.element
+            text = from_memory(element, f"*{pointer}", 1)
+            if rest:
+                text = f"{rest[0]} ? {text} : {rest[1] if len(rest) > 1 else SCALAR[element] + '()'}"
+            self.comment(op)
+            self.let(op.result, text)
+            return
+        if name == "tt.unsplat":
+            self.roots.unsplat(op)
+            return
+        if name == "tt.addptr":
+            self.let(op.result, " + ".join(self.text(operand) for operand in op.operands))
+            return
+        if not is_elementwise(op):
+            raise unsupported(op, "is not supported")
+        self.let(op.result, spell(op, [self.text(operand) for operand in op.operands], 1))
+        self.scalar_facts(op)
+
+    def scalar_facts(self, op: Op) -> None:
+        """Powers of two that divide integers, and which are not negative."""
+        cells = [self.scalar_cell(operand) for operand in op.operands]
+        divisors = [cell.divisor for cell in cells]
+        divisor = {"arith.muli": lambda: divisors[0] * divisors[1], "arith.addi": lambda: min(divisors)}
+        divisor |= {
+            "arith.subi": lambda: min(divisors),
+            "arith.extsi": lambda: divisors[0],
+            "arith.minsi": lambda: min(divisors),
+        }
+        divisor |= {"arith.maxsi": lambda: min(divisors), "arith.select": lambda: min(divisors[1:])}
+        if op.name in divisor:
+            self.analysis.divisors[op.result] = min(divisor[op.name](), LARGE)
+        kept = ("arith.muli", "arith.addi", "arith.divsi", "arith.remsi", "arith.minsi", "arith.maxsi", "arith.extsi")
+        if op.name in kept and all(cell.nonnegative for cell in cells):
+            self.nonnegative.add(op.result)
+
+    def scalar_store(self, op: Op) -> None:
+        pointer, value, *masks = (self.text(operand) for operand in op.operands)
+        line = f"*{pointer} = {to_memory(op.operands[1].type.element, value, 1)};"
+        self.emit(f"if ({masks[0]}) {line}" if masks else line)
+
+    # -- control flow
+
+    def declare_results(self, values: list[Value], hint_from: list[Value]) -> None:
+        for value, hint in zip(values, hint_from, strict=True):
+            if value.type.is_tensor:
+                self.storage[value] = self.array(value.type, hint.name + "_a")
+            else:
+                self.emit(f"{declaration(scalar_type(value.type), value.name)}{{}};")
+
+    def print_for(self, op: Op) -> None:
+        lower, upper, step, *inits = op.operands
+        body = op.blocks[0]
+        induction, *carried = body.args
+        # The loop's results and its carried values are the same variables.
+        for result, arg, init in zip(op.results, carried, inits, strict=True):
+            if arg.type.is_tensor:
+                stored = self.array(arg.type, arg.name + "_a")
+                self.storage[arg] = self.storage[result] = stored
+                self.roots.assign(stored, init)
+            else:
+                self.emit(f"{declaration(scalar_type(arg.type), arg.name)} = {self.text(init)};")
+        type_ = scalar_type(induction.type)
+        if op.attrs.get("unsigned"):
+            type_ = "u" + type_
+        name = induction.name
+        cells = [self.scalar_cell(lower), self.scalar_cell(step)]
+        self.analysis.divisors[induction] = min(cell.divisor for cell in cells)
+        if all(cell.nonnegative for cell in cells):
+            self.nonnegative.add(induction)
+        self.emit(
+            f"for ({type_} {name} = {self.text(lower)}; {name} < {self.text(upper)}; {name} += {self.text(step)}) {{"
+        )
+        self.indent += 1
+        self.block(body)
+        self.assign_yields(body, carried)
+        self.indent -= 1
+        self.emit("}")
+        for result, arg in zip(op.results, carried, strict=True):
+            if not arg.type.is_tensor:
+                self.let(result, arg.name)
+
+    def assign_yields(self, body: Block, targets: list[Value]) -> None:
+        self.roots.assign_all(targets, body.ops[-1].operands, body.ops[-1])
+
+    def print_if(self, op: Op) -> None:
+        self.declare_results(op.results, op.results)
+        self.emit(f"if ({self.text(op.operands[0])}) {{")
+        for number_, block in enumerate(op.blocks):
+            if number_:
+                self.emit("} else {")
+            self.indent += 1
+            self.block(block)
+            if op.results:
+                self.roots.assign_all(op.results, block.ops[-1].operands, block.ops[-1])
+            self.indent -= 1
+        self.emit("}")
+
+    def print_while(self, op: Op) -> None:
+        before, after = op.blocks
+        condition = before.ops[-1]
+        self.declare_results(op.results, op.results)
+        for arg, init in zip(before.args, op.operands, strict=True):
+            if arg.type.is_tensor:
+                self.storage[arg] = self.array(arg.type, arg.name + "_a")
+                self.roots.assign(self.storage[arg], init)
+            else:
+                self.emit(f"{declaration(scalar_type(arg.type), arg.name)} = {self.text(init)};")
+        self.emit("while (true) {")
+        self.indent += 1
+        self.block(before)
+        self.roots.assign_all(op.results, condition.operands[1:], condition)
+        self.emit(f"if (!{self.text(condition.operands[0])}) break;")
+        for arg, result in zip(after.args, op.results, strict=True):
+            if arg.type.is_tensor:
+                self.storage[arg] = self.storage[result]
+            else:
+                self.let(arg, result.name)
+        self.block(after)
+        self.assign_yields(after, before.args)
+        self.indent -= 1
+        self.emit("}")
+
+
+def array_type(type_: Type) -> str:
+    if type_.element == "i1":
+        return "uint8_t"
+    return f"{MEMORY.get(type_.pointee, 'uint8_t')} *" if type_.element == "ptr" else SCALAR[type_.element]
+
+
+def declaration(type_: str, name: str) -> str:
+    return f"{type_}{name}" if type_.endswith("*") else f"{type_} {name}"
+
+
+def source_line(path: str, line: int) -> str:
+    import linecache
+
+    text = linecache.getline(path, line).strip()
+    return f"  {text}".replace("\\", "") if text else ""
+
+
+__all__ = ["KernelPrinter", "lanes_type", "number", "pointee_type"]

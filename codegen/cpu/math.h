@@ -1,0 +1,277 @@
+// Elementwise functions over float, double and vectors of them. fp32: polynomials, at most 2 ulp, infinities and NaN as
+// IEEE; fp64: the C library, lane by lane. The polynomials are those of Cephes (S. Moshier) and, for erf, N. Juffa.
+#ifndef EFFC_CPU_MATH_H
+#define EFFC_CPU_MATH_H
+
+namespace tt {
+
+template <typename F> using Int = Like<F, int32_t>;
+template <typename F> using IsFloat = typename Same<char[sizeof(Element<F>) == 4 ? 1 : -1]>::type;
+
+template <typename F> static inline F absolute(F x) {
+  typedef decltype(bits<Like<F, int64_t>>(Like<F, double>{})) I64;
+  if constexpr (sizeof(Element<F>) == 8) return bits<F>(bits<I64>(x) & INT64_MAX);
+  else return bits<F>(bits<Int<F>>(x) & 0x7fffffff);
+}
+template <typename F> static inline F copy_sign(F x, F sign) {
+  return bits<F>((bits<Int<F>>(x) & 0x7fffffff) | (bits<Int<F>>(sign) & (int32_t)0x80000000));
+}
+
+#define LANEWISE(NAME, CALL)                                             \
+  template <typename F> static inline F NAME(F x) {                      \
+    if constexpr (Lanes<F>::count == 1) return CALL(x);                  \
+    else {                                                               \
+      for (int k = 0; k < Lanes<F>::count; ++k) x[k] = CALL(x[k]);       \
+      return x;                                                          \
+    }                                                                    \
+  }
+LANEWISE(exp_f64, __builtin_exp) LANEWISE(exp2_f64, __builtin_exp2) LANEWISE(log_f64, __builtin_log)
+LANEWISE(log2_f64, __builtin_log2) LANEWISE(sin_f64, __builtin_sin) LANEWISE(cos_f64, __builtin_cos)
+LANEWISE(tanh_f64, __builtin_tanh) LANEWISE(erf_f64, __builtin_erf) LANEWISE(sqrt_f64, __builtin_sqrt)
+LANEWISE(floor_f64, __builtin_floor) LANEWISE(ceil_f64, __builtin_ceil)
+LANEWISE(sin_large, __builtin_sinf) LANEWISE(cos_large, __builtin_cosf) LANEWISE(sqrt_lanes, __builtin_sqrtf)
+LANEWISE(log1p_lanes, __builtin_log1pf) LANEWISE(expm1_lanes, __builtin_expm1f) LANEWISE(tan_lanes, __builtin_tanf)
+LANEWISE(asin_lanes, __builtin_asinf) LANEWISE(acos_lanes, __builtin_acosf) LANEWISE(atan_lanes, __builtin_atanf)
+LANEWISE(sinh_lanes, __builtin_sinhf) LANEWISE(cosh_lanes, __builtin_coshf) LANEWISE(cbrt_lanes, __builtin_cbrtf)
+LANEWISE(rint_lanes, __builtin_rintf) LANEWISE(round_lanes, __builtin_roundf) LANEWISE(trunc_lanes, __builtin_truncf)
+LANEWISE(lgamma_lanes, __builtin_lgammaf) LANEWISE(asinh_lanes, __builtin_asinhf) LANEWISE(acosh_lanes, __builtin_acoshf)
+LANEWISE(atanh_lanes, __builtin_atanhf) LANEWISE(erfc_lanes, __builtin_erfcf) LANEWISE(log10_lanes, __builtin_log10f)
+#undef LANEWISE
+#define LANEWISE2(NAME, CALL)                                                    \
+  template <typename F> static inline F NAME(F x, F y) {                         \
+    if constexpr (Lanes<F>::count == 1) return CALL(x, y);                       \
+    else {                                                                       \
+      for (int k = 0; k < Lanes<F>::count; ++k) x[k] = CALL(x[k], y[k]);         \
+      return x;                                                                  \
+    }                                                                            \
+  }
+LANEWISE2(pow_lanes, __builtin_powf) LANEWISE2(pow_f64, __builtin_pow) LANEWISE2(fmod_lanes, __builtin_fmodf)
+LANEWISE2(fmod_f64, __builtin_fmod) LANEWISE2(atan2_lanes, __builtin_atan2f) LANEWISE2(hypot_lanes, __builtin_hypotf)
+#undef LANEWISE2
+template <typename F> static inline F fused_multiply_add(F a, F b, F c) {
+#ifdef __FMA__
+  return a * b + c;
+#else
+  if constexpr (Lanes<F>::count == 1) {
+    if constexpr (sizeof(F) == 8) return __builtin_fma(a, b, c); else return __builtin_fmaf(a, b, c);
+  } else {
+    for (int k = 0; k < Lanes<F>::count; ++k) c[k] = fused_multiply_add<Element<F>>(a[k], b[k], c[k]);
+    return c;
+  }
+#endif
+}
+
+template <typename F> static inline F square_root(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return sqrt_f64(x);
+#ifdef __AVX512F__
+  else if constexpr (sizeof(F) == 64) return (F)__builtin_ia32_sqrtps512_mask(x, x, -1, 4);
+#endif
+#ifdef __AVX__
+  else if constexpr (sizeof(F) == 32) return (F)__builtin_ia32_sqrtps256(x);
+#endif
+#ifdef __SSE__
+  else if constexpr (sizeof(F) == 16) return (F)__builtin_ia32_sqrtps(x);
+#endif
+  else return sqrt_lanes(x);
+}
+template <typename F> static inline F reciprocal_root(F x) { return 1 / square_root(x); }
+
+template <typename F> static inline F round_down(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return floor_f64(x);
+  else {
+    F whole = convert<F>(convert<Int<F>>(x));
+    F down = whole > x ? whole - 1 : whole;
+    return absolute(x) < 0x1p23f ? copy_sign(down, x) : x;
+  }
+}
+template <typename F> static inline F round_up(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return ceil_f64(x); else return -round_down(-x);
+}
+
+// NaN in either operand: `*_number` gives the other one, `*_nan` gives NaN.
+template <typename F> static inline F max_number(F a, F b) { F m = a > b ? a : b; return b != b ? a : m; }
+template <typename F> static inline F min_number(F a, F b) { F m = a < b ? a : b; return b != b ? a : m; }
+template <typename F> static inline F max_nan(F a, F b) { F m = a > b ? a : b; return a != a ? a : m; }
+template <typename F> static inline F min_nan(F a, F b) { F m = a < b ? a : b; return a != a ? a : m; }
+
+// e^r for |r| <= ln(2)/2, times 2^n
+template <typename F> static inline F exp_scaled(F r, F n) {
+  typedef Int<F> I;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1;
+  I i = convert<I>(n), half = i >> 1;
+  return p * bits<F>((half + 127) << 23) * bits<F>((i - half + 127) << 23);
+}
+template <typename F> static inline F exponential(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return exp_f64(x);
+  else {
+    x = x > 89.0f ? F{} + 89.0f : x;
+    x = x < -104.0f ? F{} - 104.0f : x;
+    F n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+    return exp_scaled(x - n * 0.693359375f + n * 2.12194440e-4f, n);
+  }
+}
+template <typename F> static inline F exponential2(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return exp2_f64(x);
+  else {
+    x = x > 129.0f ? F{} + 129.0f : x;
+    x = x < -151.0f ? F{} - 151.0f : x;
+    F n = (x + 12582912.0f) - 12582912.0f;
+    return exp_scaled((x - n) * 0.693147180559945309f, n);
+  }
+}
+
+// x = 2^exponent * (1 + m), sqrt(1/2) <= 1 + m < sqrt(2); returns log(1 + m)
+template <typename F> static inline F log_mantissa(F x, F &exponent) {
+  typedef Int<F> I;
+  F scaled = x < 0x1p-126f ? x * 0x1p25f : x;
+  I i = bits<I>(scaled);
+  I e = (i - 0x3f3504f3) >> 23;
+  exponent = convert<F>(e) - (x < 0x1p-126f ? F{} + 25.0f : F{});
+  F m = bits<F>(i - (e << 23)) - 1;
+  F p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  F z = m * m;
+  return m + (m * z * p - 0.5f * z);
+}
+template <typename F> static inline F log_edges(F x, F y) {
+  const float infinity = __builtin_inff();
+  y = x == infinity ? x : y;
+  y = x < 0 ? F{} + __builtin_nanf("") : y;
+  y = x == 0 ? F{} - infinity : y;
+  return x != x ? x : y;
+}
+template <typename F> static inline F logarithm(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return log_f64(x);
+  else {
+    F e, m = log_mantissa(x, e);
+    return log_edges<F>(x, e * 0.693359375f + (m - e * 2.12194440e-4f));
+  }
+}
+template <typename F> static inline F logarithm2(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return log2_f64(x);
+  else {
+    F e, m = log_mantissa(x, e);
+    return log_edges<F>(x, e + (m * 1.44269504088896341f));
+  }
+}
+
+// The angle is reduced by pi/2 in double: exact enough to 1e9; past that the C library reduces it.
+template <bool COSINE, typename F> static inline F sin_or_cos(F x) {
+  typedef Like<F, double> D;
+  typedef Int<F> I;
+  D d = convert<D>(x);
+  D n = (d * 0.636619772367581343 + 6755399441055744.0) - 6755399441055744.0;
+  F r = convert<F>(d - n * 1.57079632679489661923 - n * 6.123233995736766036e-17);
+  I q = convert<I>(n) + (COSINE ? 1 : 0);
+  F z = r * r;
+  F s = r + r * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
+  F c = 1 - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  F y = bits<F>(bits<I>((q & 1) != 0 ? c : s) ^ ((q & 2) << 30));
+  I large = mask((absolute(x) > 1e9f) - I{});
+  bool any = false;
+  if constexpr (Lanes<F>::count == 1) any = large != 0;
+  else for (int k = 0; k < Lanes<F>::count; ++k) any |= large[k] != 0;
+  if (__builtin_expect(any, 0)) return large != 0 ? (COSINE ? cos_large(x) : sin_large(x)) : y;
+  return y;
+}
+template <typename F> static inline F sine(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return sin_f64(x); else return sin_or_cos<false>(x);
+}
+template <typename F> static inline F cosine(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return cos_f64(x); else return sin_or_cos<true>(x);
+}
+
+template <typename F> static inline F hyperbolic_tangent(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return tanh_f64(x);
+  else {
+    F a = absolute(x), z = x * x;
+    F p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    F near = x + x * z * p;
+    F far = copy_sign<F>(1 - 2 / (exponential<F>(2 * a) + 1), x);
+    return a < 0.625f ? near : far;
+  }
+}
+template <typename F> static inline F error_function(F x) {
+  if constexpr (sizeof(Element<F>) == 8) return erf_f64(x);
+  else {
+    F t = absolute(x), s = x * x;
+    F r = t * -1.72853470e-5f + 3.83197126e-4f;
+    F u = t * -3.88396438e-3f + 2.42546219e-2f;
+    r = r * s + u;
+    r = r * t - 1.06777877e-1f;
+    r = r * t - 6.34846687e-1f;
+    r = r * t - 1.28717512e-1f;
+    r = r * t - t;
+    F far = copy_sign<F>(1 - exponential<F>(r), x);
+    F p = s * -5.96761703e-4f + 4.99119423e-3f;
+    p = p * s - 2.67681349e-2f;
+    p = p * s + 1.12819925e-1f;
+    p = p * s - 3.76125336e-1f;
+    p = p * s + 1.28379166e-1f;
+    return t > 0.927734375f ? far : x * p + x;
+  }
+}
+
+// Integers. Division by zero is undefined in Triton: any result, but no trap.
+template <typename V> static inline V divide(V a, V b) {
+  typedef Element<V> E;
+  if constexpr (Lanes<V>::count == 1) return b == 0 || (b == (E)-1 && (E)-1 < (E)0) ? (E)(0 - a) : (E)(a / b);
+  else if constexpr (sizeof(E) <= 4) {
+    typedef Like<V, double> D;
+    return convert<V>(convert<D>(a) / convert<D>(b));  // exact: quotients of 32-bit integers survive rounding to 53 bits
+  } else {
+    for (int k = 0; k < Lanes<V>::count; ++k) a[k] = divide<E>(a[k], b[k]);
+    return a;
+  }
+}
+template <typename V> static inline V remainder(V a, V b) { return a - divide<V>(a, b) * b; }
+template <typename V> static inline V multiply_high(V a, V b) {
+  typedef Element<V> E;
+  if constexpr (Lanes<V>::count == 1) {
+    if constexpr (sizeof(E) == 8) return (E)(((unsigned __int128)(uint64_t)a * (uint64_t)b) >> 64);
+    else return (E)(((uint64_t)(uint32_t)a * (uint32_t)b) >> 32);
+  } else {
+    for (int k = 0; k < Lanes<V>::count; ++k) a[k] = multiply_high<E>(a[k], b[k]);
+    return a;
+  }
+}
+// float to integer, saturating, as CUDA's cvt does; NaN gives 0
+template <typename To, typename F> static inline To to_integer(F x) {
+  typedef Element<To> E;
+  const bool is_signed = (E)-1 < (E)0;
+  const int width = sizeof(E) * 8 - (is_signed ? 1 : 0);
+  const Element<F> high = (Element<F>)(width == 64 ? 0x1p64 : (double)(1ull << (width & 63)));
+  const Element<F> low = is_signed ? -high : 0;
+  typedef decltype(x == x) M;
+  if constexpr (Lanes<F>::count == 1) {
+    if (x != x) return 0;
+    if (x <= low) return is_signed ? (E)((E)1 << (sizeof(E) * 8 - 1)) : (E)0;
+    if (x >= high) return is_signed ? (E) ~((E)1 << (sizeof(E) * 8 - 1)) : (E)-1;
+    return (E)x;
+  } else if constexpr (sizeof(E) == 4 && is_signed && sizeof(Element<F>) == 4) {
+    To i = convert<To>(x);
+    i = x >= high ? To{} + INT32_MAX : i;
+    return x != x ? To{} : i;
+  } else {
+    To i{};
+    for (int k = 0; k < Lanes<F>::count; ++k) i[k] = to_integer<E>((Element<F>)x[k]);
+    return i;
+  }
+}
+
+}  // namespace tt
+#endif

@@ -1,0 +1,279 @@
+"""Read the text of a Triton IR module (`str(module)`, with locations) into `ir.Function`.
+
+libtriton's bindings expose neither tensor types nor predicates, so the text is the interface. Value names in the text
+are the Triton source's variable names; they repeat in sibling regions and are made unique here.
+"""
+
+import re
+
+from ...compiler.errors import UnsupportedKernel
+from .ir import Block, Function, Op, Type, Value
+
+LOCATION_LINE = re.compile(r"^(#loc\w*) = loc\((.*)\)$")
+FILE_LOCATION = re.compile(r'"([^"]+)":(\d+):\d+')
+RESULTS = re.compile(r"^((?:%[\w#.]+(?::\d+)?(?:, )?)+) = ")
+OP_NAME = re.compile(r'^"?([\w.]+)"?')
+OPERAND = re.compile(r"%[\w.]+(?:#\d+)?")
+TYPE = re.compile(
+    r"tensor<([\dx]*)(!tt\.ptr<([\w.]+)(?:, \d+)?>|[\w.]+)>|!tt\.ptr<([\w.]+)(?:, \d+)?>|\b(index|i\d+|bf16|f\d+)\b"
+)
+C_KEYWORDS = frozenset(
+    ["auto", "bool", "break", "case", "char", "const", "continue", "default", "delete", "do", "double", "else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long", "new", "operator", "private", "public", "register", "return", "short", "signed", "sizeof", "static", "struct", "switch", "template", "this", "typedef", "union", "unsigned", "using", "void", "volatile", "while", "and", "or", "not", "xor", "class", "namespace", "try", "catch", "true", "false", "main"]
+)
+
+
+def parse_type(match: re.Match) -> Type:
+    dims, element, pointee, scalar_pointee, scalar = match.groups()
+    if scalar is not None:
+        return Type(scalar)
+    if scalar_pointee is not None:
+        return Type("ptr", (), scalar_pointee)
+    shape = tuple(int(size) for size in dims.split("x") if size)
+    return Type("ptr", shape, pointee) if pointee else Type(element, shape)
+
+
+def types_in(text: str) -> list[Type]:
+    return [parse_type(match) for match in TYPE.finditer(text)]
+
+
+def parse_module(text: str) -> Function:
+    """The kernel in a module that was inlined to one function. Raises UnsupportedKernel where the text is not understood."""
+    return Parser(text).parse()
+
+
+class Parser:
+    def __init__(self, text: str):
+        self.text = text
+        self.lines: list[str] = []
+        self.locations: dict[str, str] = {}
+        for line in text.splitlines():
+            if found := LOCATION_LINE.match(line):
+                self.locations[found[1]] = found[2]
+            elif line.strip():
+                self.lines.append(line.strip())
+        self.at = 0
+        self.scopes: list[dict[str, Value]] = [{}]
+        self.taken: set[str] = set()
+
+    # -- names, types and places
+
+    def location(self, text: str, depth: int = 0) -> tuple[str, int] | None:
+        """The line of the kernel's author: for inlined code the outermost caller."""
+        if depth > 20:
+            return None
+        if found := re.match(r"callsite\((#loc\w*) at (#loc\w*)\)", text):
+            return self.location(self.locations.get(found[2], ""), depth + 1)
+        if text.startswith("#loc"):
+            return self.location(self.locations.get(text, ""), depth + 1)
+        if found := re.match(r'"[^"]*"\((#loc\w*)\)', text):
+            return self.location(self.locations.get(found[1], ""), depth + 1)
+        if found := FILE_LOCATION.match(text):
+            return found[1], int(found[2])
+        return None
+
+    def define(self, name: str, type_: Type, op: Op | None = None) -> Value:
+        clean = re.sub(r"\W", "_", name.lstrip("%"))
+        if clean[0].isdigit() or clean in C_KEYWORDS:
+            clean = "v" + clean
+        unique, count = clean, 1
+        while unique in self.taken:
+            count += 1
+            unique = f"{clean}_r{count}"
+        self.taken.add(unique)
+        value = Value(unique, type_, op)
+        self.scopes[-1][name] = value
+        return value
+
+    def lookup(self, name: str) -> Value:
+        for scope in reversed(self.scopes):
+            if name in scope:
+                return scope[name]
+        raise UnsupportedKernel(f"Triton IR uses an undefined value {name}: {self.lines[self.at]}")
+
+    def split_location(self, line: str) -> tuple[str, tuple[str, int] | None]:
+        at = line.rfind(" loc(")
+        if at < 0 or not line.endswith(")"):
+            return line, None
+        return line[:at].rstrip(), self.location(line[at + 5 : -1])
+
+    # -- structure
+
+    def parse(self) -> Function:
+        while not self.lines[self.at].startswith("tt.func"):
+            self.at += 1
+        header = re.sub(r' loc\("[^"]*"(\(#loc\w*\))?\)| loc\([^()]*\)', "", self.lines[self.at])
+        name = re.search(r"@([\w.]+)\(", header)[1]
+        inside = header[
+            header.index("(") + 1 : header.rindex(") attributes") if ") attributes" in header else header.rindex(")")
+        ]
+        args = [self.define(found[1], types_in(found[2])[0]) for found in re.finditer(r"(%[\w.]+): ([^%]+)", inside)]
+        self.at += 1
+        body, _ = self.parse_block()
+        if any(line.startswith("tt.func") for line in self.lines[self.at :]):
+            raise UnsupportedKernel(
+                f"kernel {name}: calls of functions that are not inlined (noinline) are not supported on CPU"
+            )
+        function = Function(name, args, body, self.text)
+        function.number()
+        return function
+
+    def parse_block(self) -> tuple[Block, str]:
+        """Ops up to the line that closes the region; that line is returned too."""
+        block = Block()
+        self.scopes.append({})
+        while not self.lines[self.at].startswith("}"):
+            line = self.lines[self.at]
+            if line.startswith("^bb"):
+                line = re.sub(r" loc\(callsite\([^()]*\)\)| loc\([^()]*(\([^()]*\))?\)", "", line)
+                block.args += [self.define(f[1], types_in(f[2])[0]) for f in re.finditer(r"(%[\w.]+): ([^%]+)", line)]
+                self.at += 1
+            else:
+                block.ops.append(self.parse_op())
+        closing = self.lines[self.at]
+        self.at += 1
+        self.scopes.pop()
+        return block, closing
+
+    def parse_op(self) -> Op:
+        line, location = self.split_location(self.lines[self.at])
+        names: list[tuple[str, int]] = []
+        if found := RESULTS.match(line):
+            for name in found[1].split(", "):
+                base, _, count = name.partition(":")
+                names.append((base, int(count or 1)))
+            line = line[found.end() :]
+        op = Op(OP_NAME.match(line)[1], location=location)
+        if op.name == "scf.for":
+            self.parse_for(op, line)
+        elif op.name == "scf.if":
+            self.parse_if(op, line)
+        elif op.name == "scf.while":
+            self.parse_while(op, line)
+        elif op.name in ("tt.reduce", "tt.scan", "tt.map_elementwise"):
+            self.parse_reduce(op, line)
+        else:
+            self.parse_plain(op, line)
+            self.at += 1
+        types = op.attrs.pop("types", [])
+        flat = [(base if count == 1 else f"{base}#{k}", count) for base, count in names for k in range(count)]
+        for (name, _), type_ in zip(flat, types, strict=False):
+            op.results.append(self.define(name, type_, op))
+        if len(op.results) != len(flat):
+            raise UnsupportedKernel(f"Triton IR not understood (result types): {self.lines[self.at - 1]}")
+        return op
+
+    def parse_for(self, op: Op, line: str) -> None:
+        head = re.match(r"scf\.for (?:unsigned )?(%[\w.]+) = (\S+) to (\S+) step (\S+)", line)
+        op.operands = [self.lookup(head[k]) for k in (2, 3, 4)]
+        op.attrs["unsigned"] = line.startswith("scf.for unsigned")
+        carried = re.search(r"iter_args\((.*?)\) -> \((.*)\)  ?: ", line)
+        induction = re.search(r" : (\w+) \{$", line)
+        inits = [self.lookup(init) for init in re.findall(r" = (%[\w.#]+)", carried[1])] if carried else []
+        op.operands += inits
+        self.scopes.append({})
+        args = [self.define(head[1], Type(induction[1]) if induction else Type("index"))]
+        if carried:
+            args += [
+                self.define(name, init.type)
+                for name, init in zip(re.findall(r"(%[\w.]+) = ", carried[1]), inits, strict=True)
+            ]
+        self.at += 1
+        block, _ = self.parse_block()
+        self.scopes.pop()
+        block.args = args
+        op.blocks = [block]
+        op.attrs["types"] = [init.type for init in inits]
+
+    def parse_if(self, op: Op, line: str) -> None:
+        op.operands = [self.lookup(OPERAND.search(line)[0])]
+        op.attrs["types"] = types_in(line.split("->", 1)[1]) if "->" in line else []
+        self.at += 1
+        block, closing = self.parse_block()
+        op.blocks = [block]
+        if closing.startswith("} else"):
+            op.blocks.append(self.parse_block()[0])
+
+    def parse_while(self, op: Op, line: str) -> None:
+        inits = re.search(r"scf\.while(?: \((.*?)\))? : \((.*?)\) -> ", line)
+        pairs = re.findall(r"(%[\w.]+) = (%[\w.#]+)", inits[1] or "")
+        op.operands = [self.lookup(init) for _, init in pairs]
+        result = line.rsplit(" -> ", 1)[1]
+        op.attrs["types"] = types_in(result)
+        self.scopes.append({})
+        before_args = [self.define(name, value.type) for (name, _), value in zip(pairs, op.operands, strict=True)]
+        self.at += 1
+        before, _ = self.parse_block()
+        self.scopes.pop()
+        before.args = before_args
+        after, _ = self.parse_block()
+        op.blocks = [before, after]
+
+    def parse_reduce(self, op: Op, line: str) -> None:
+        op.operands = [self.lookup(name) for name in OPERAND.findall(line.split("<{")[0].split("({")[0])]
+        if axis := re.search(r"axis = (\d+)", line):
+            op.attrs["axis"] = int(axis[1])
+        op.attrs["reverse"] = "reverse = true" in line
+        self.at += 1
+        block, closing = self.parse_block()
+        op.blocks = [block]
+        closing, op.location = self.split_location(closing)
+        op.attrs["types"] = types_in(closing.rsplit("->", 1)[1])
+
+    # -- plain ops
+
+    def parse_plain(self, op: Op, line: str) -> None:
+        body = line[len(op.name) + (2 if line.startswith('"') else 0) :]
+        if op.name == "arith.constant":
+            op.attrs["value"], op.attrs["types"] = parse_constant(body)
+            return
+        colon = body.rfind(" : ") if op.name not in ("tt.print", "cf.assert") else body.find(" : ")
+        while colon > 0 and body[:colon].count("{") != body[:colon].count("}"):
+            colon = body.rfind(" : ", 0, colon)
+        head, tail = (body[:colon], body[colon + 3 :]) if colon >= 0 else (body, "")
+        plain_head = re.sub(r"\{.*\}|<\{.*\}>", "", head)
+        op.operands = [self.lookup(name) for name in OPERAND.findall(plain_head)]
+        op.attrs["words"] = re.findall(r"[A-Za-z_]\w*", OPERAND.sub("", plain_head))
+        if braces := re.search(r"\{(.*)\}", head):
+            for key, value in re.findall(r"([\w.]+) = (array<i\d+: [^>]*>|\"[^\"]*\"|[-\w.]+)", braces[1]):
+                op.attrs[key] = parse_attribute(value)
+        for key, value in re.findall(r"\b(\w+) = ([\w]+)", plain_head):
+            op.attrs[key] = value
+        op.attrs["types"] = result_types(op, tail)
+
+
+def parse_attribute(text: str) -> object:
+    if text.startswith("array<"):
+        inside = text[text.index(":") + 1 : -1].strip()
+        return tuple(int(item) for item in inside.split(",")) if inside else ()
+    if text.startswith('"'):
+        return text[1:-1]
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def parse_constant(body: str) -> tuple[str, list[Type]]:
+    """(literal as printed, [type]) of `arith.constant`'s text."""
+    body = re.sub(r"^ \{.*?\}", "", body).strip()
+    if body in ("true", "false"):
+        return body, [Type("i1")]
+    literal, _, type_text = body.rpartition(" : ")
+    if found := re.match(r"dense<(.*)>$", literal):
+        literal = found[1]
+    return literal, types_in(type_text)
+
+
+def result_types(op: Op, tail: str) -> list[Type]:
+    """Result types from the part after the colon, by how each op prints it."""
+    if op.name == "tt.split":
+        return 2 * types_in(tail.rsplit("->", 1)[1])
+    if "->" in tail:
+        return types_in(tail.rsplit("->", 1)[1])
+    if " to " in tail:
+        return types_in(tail.rsplit(" to ", 1)[1])
+    types = types_in(tail)
+    if op.name in ("arith.cmpi", "arith.cmpf"):
+        return [Type("i1", types[0].shape)]
+    if op.name == "arith.select":
+        return types[-1:]
+    if op.name == "tt.load":
+        return [Type(types[0].pointee, types[0].shape)] if types else []
+    return types[:1]

@@ -1,0 +1,170 @@
+"""Which tensors live in arrays, and when a load may wait for its consumer.
+
+A tensor is a function of its indices, printed into the loops of each consumer, unless it is stored: results of
+reductions, dots and control flow are, and so is what is costly and needed more than once, and every load that a write
+could overtake on the way to its consumer. All pointers may alias.
+"""
+
+from collections.abc import Iterator
+
+from .affine import AffineAnalysis, is_trivial_reshape, through_view
+from .ir import Block, Function, Op, Value
+from .spelling import cost, is_elementwise
+
+VIEWS = frozenset(("tt.expand_dims", "tt.broadcast", "tt.trans", "tt.splat", "ttg.convert_layout"))
+STORED_RESULTS = frozenset(
+    ["tt.reduce", "tt.scan", "tt.dot", "tt.atomic_rmw", "tt.atomic_cas", "tt.gather", "tt.join", "tt.split", "tt.cat", "tt.histogram", "scf.for", "scf.if", "scf.while", "tt.map_elementwise"]
+)
+WRITES = frozenset(("tt.store", "tt.atomic_rmw", "tt.atomic_cas", "ttg.barrier", "tt.print"))
+COSTLY = 8
+LOAD_COST = 2
+
+
+def is_lazy(op: Op) -> bool:
+    """Printed where it is used: its result is a tensor and depends on nothing but its operands and, for loads, memory."""
+    if not op.results or not op.result.type.is_tensor:
+        return False
+    if op.name == "tt.reshape":
+        return is_trivial_reshape(op.operands[0].type.shape, op.result.type.shape)
+    return (
+        op.name in VIEWS or op.name in ("tt.load", "tt.make_range", "arith.constant", "ub.poison") or is_elementwise(op)
+    )
+
+
+class Plan:
+    """`stored`: the tensors that get arrays. Decided once, before printing, from the last op to the first."""
+
+    def __init__(self, function: Function):
+        self.function = function
+        self.stored: set[Value] = set()
+        self.analysis = AffineAnalysis(self.stored)
+        self.ops = list(function.body.walk())
+        self.writes = [op for op in self.ops if op.name in WRITES]
+        self.costs: dict[Value, int] = {}
+        for op in self.ops:
+            if op.name in STORED_RESULTS or (op.name == "tt.reshape" and not is_lazy(op)):
+                self.stored |= {value for value in op.results if value.type.is_tensor}
+            for block in op.blocks:
+                self.stored |= {value for value in block.args if value.type.is_tensor}
+            if op.name in ("tt.split", "tt.gather", "tt.reshape") and not is_lazy(op):
+                self.stored.add(op.operands[0])
+            if op.name == "tt.store":
+                addresses = op.operands[:1] + op.operands[2:3]
+                self.stored |= {load for value in addresses for load in self.loads_in(value)}
+        for op in reversed(self.ops):
+            if is_lazy(op) and op.result not in self.stored and self.wants_array(op):
+                self.stored.add(op.result)
+
+    # -- walking lazy values
+
+    def loads_in(self, value: Value) -> Iterator[Value]:
+        """Tensor loads printed with `value`, itself included."""
+        seen: set[Value] = set()
+
+        def visit(inner: Value) -> Iterator[Value]:
+            if (
+                inner in seen
+                or not inner.type.is_tensor
+                or inner in self.stored
+                or inner.op is None
+                or not is_lazy(inner.op)
+            ):
+                return
+            seen.add(inner)
+            if inner.op.name == "tt.load":
+                yield inner
+            for operand in inner.op.operands:
+                yield from visit(operand)
+
+        yield from visit(value)
+
+    def consumers(self, value: Value) -> set[Op]:
+        """The ops whose printing prints `value`: stores, reductions, dots, yields, stored tensors."""
+        found: set[Op] = set()
+        for use in value.uses:
+            if is_lazy(use) and use.result not in self.stored:
+                found |= self.consumers(use.result)
+            else:
+                found.add(use)
+        return found
+
+    def inline_cost(self, value: Value) -> int:
+        """Simple instructions per element to print `value` once more."""
+        op = value.op
+        if value in self.stored or not value.type.is_tensor or op is None or not is_lazy(op):
+            return 0
+        if value not in self.costs:
+            if op.name == "tt.load":
+                self.costs[value] = LOAD_COST + sum(map(self.inline_cost, op.operands[1:]))
+            else:
+                own = cost(op) if is_elementwise(op) else 0
+                self.costs[value] = min(own + sum(map(self.inline_cost, op.operands)), 1000)
+        return self.costs[value]
+
+    # -- decisions
+
+    def wants_array(self, op: Op) -> bool:
+        value = op.result
+        consumers = self.consumers(value)
+        if not consumers:
+            return False
+        if op.name == "tt.load" and any(self.overtaken(op, consumer) for consumer in consumers):
+            return True
+        if (
+            op.name in VIEWS
+            or op.name in ("arith.constant", "tt.make_range", "tt.reshape")
+            or value.type.element in ("ptr", "i1")
+        ):
+            return False
+        self.costs.clear()
+        spent = self.inline_cost(value)
+        if not value.type.is_float and (
+            spent < COSTLY or self.analysis.of(value, tuple(range(len(value.type.shape)))) is not None
+        ):
+            return False
+        if spent >= COSTLY and (len(consumers) > 1 or self.broadcast_over_rows(value)):
+            return True
+        deeper = any(loops_between(consumer, op) for consumer in consumers)
+        return deeper and op.name != "tt.load" and spent >= LOAD_COST + 1
+
+    def overtaken(self, load: Op, consumer: Op) -> bool:
+        """Whether a write may happen after the load and before its consumer reads; a store that consumes it does not count."""
+        loops = loops_between(consumer, load)
+        for write in self.writes:
+            if load.position < write.position < consumer.position:
+                return True
+            if any(loop.position < write.position <= loop.end for loop in loops):
+                return True
+        return False
+
+    def broadcast_over_rows(self, value: Value) -> bool:
+        """Whether some consumer repeats `value` along a dimension outside its own, as in f(column)[None, :]."""
+        for use in value.uses:
+            if not is_lazy(use) or use.result in self.stored:
+                continue
+            if use.name == "tt.broadcast":
+                before, after = use.operands[0].type.shape, use.result.type.shape
+                grown = [d for d in range(len(after)) if before[d] != after[d]]
+                if any(before[d] > 1 for d in range(grown[0] + 1, len(after))):
+                    return True
+            elif use.name in VIEWS and self.broadcast_over_rows(use.result):
+                return True
+        return False
+
+
+def enclosing_loops(block: Block | None) -> list[Op]:
+    loops = []
+    while block is not None and block.parent is not None:
+        if block.parent.name in ("scf.for", "scf.while"):
+            loops.append(block.parent)
+        block = block.parent.parent
+    return loops
+
+
+def loops_between(inner: Op, outer: Op) -> list[Op]:
+    """Loops around `inner` that are not around `outer`."""
+    around = set(enclosing_loops(outer.parent))
+    return [loop for loop in enclosing_loops(inner.parent) if loop not in around]
+
+
+__all__ = ["Plan", "is_lazy", "loops_between", "through_view"]

@@ -1,0 +1,459 @@
+"""Print reductions, scans and dots."""
+
+from .affine import Map, conjuncts, through_view
+from .cells import Cell
+from .dot import Operand, emit_dot
+from .evaluate import Evaluator, Stored, constant_cell
+from .ir import Block, Op, Type, Value
+from .nest import Nest
+from .plan import is_lazy, loops_between
+from .spelling import HALF, MEMORY, lanes_type, literal, parse_literal, spell, unsupported
+
+INFINITY = float("inf")
+IDENTITY = {
+    "arith.addf": 0.0, "arith.mulf": 1.0, "arith.maxnumf": -INFINITY, "arith.maximumf": -INFINITY,
+    "arith.minnumf": INFINITY, "arith.minimumf": INFINITY, "arith.addi": 0, "arith.muli": 1, "arith.ori": 0,
+    "arith.xori": 0, "arith.andi": -1, "arith.maxui": 0, "arith.minui": -1,
+}  # fmt: skip
+CHAINS = 4  # independent accumulators, to hide the latency of an addition
+CHEAP = 24  # bodies above this cost are not worth unrolling
+
+
+class ReducePrinter:
+    """Reductions, scans and dots of RootPrinter."""
+
+    # -- combining
+
+    def combiner(self, block: Block) -> Op | None:
+        """The one binary op of a reduction's region, where it is that simple."""
+        if (
+            len(block.ops) == 2
+            and block.ops[1].operands == block.ops[0].results
+            and set(block.ops[0].operands) == set(block.args)
+        ):
+            return block.ops[0] if len(block.args) == 2 else None
+        return None
+
+    def identity(self, op: Op) -> int | float | bool | None:
+        single = self.combiner(op.blocks[0])
+        if single is None:
+            return None
+        element = single.result.type.element
+        if element == "i1":
+            return {"arith.ori": False, "arith.xori": False, "arith.andi": True}.get(single.name)
+        bits = {"i8": 8, "i16": 16, "i32": 32, "i64": 64}.get(element, 0)
+        if single.name == "arith.maxsi":
+            return -(2 ** (bits - 1))
+        if single.name == "arith.minsi":
+            return 2 ** (bits - 1) - 1
+        return IDENTITY.get(single.name)
+
+    def combine(self, evaluator: Evaluator, block: Block, left: list[Cell], right: list[Cell]) -> list[Cell]:
+        """Print a region's ops on cells (accumulators first)."""
+        cells: dict[Value, Cell] = dict(zip(block.args, left + right, strict=True))
+
+        def cell(value: Value) -> Cell:
+            if value not in cells:
+                if value.op is not None and value.op.name == "arith.constant":
+                    return constant_cell(value.op)
+                return self.kernel.scalar_cell(value)
+            return cells[value]
+
+        for inner in block.ops[:-1]:
+            if inner.name != "arith.constant":
+                cells[inner.result] = evaluator.elementwise(inner, [cell(operand) for operand in inner.operands])
+        return [cell(operand) for operand in block.ops[-1].operands]
+
+    def combined(self, evaluator: Evaluator, op: Op, left: list[Cell], right: list[Cell]) -> list[str]:
+        """The combined values as expressions."""
+        single = self.combiner(op.blocks[0])
+        width = evaluator.nest.width
+        if single is not None:
+            type_ = single.result.type
+            return [spell(single, [left[0].text, evaluator.vector(right[0], type_)], width)]
+        results = self.combine(evaluator, op.blocks[0], left, right)
+        return [evaluator.vector(cell, operand.type) for cell, operand in zip(results, op.operands, strict=True)]
+
+    # -- reductions
+
+    def reduce(self, op: Op) -> None:
+        shape, axis = op.operands[0].type.shape, op.attrs["axis"]
+        vector_dim, width = self.vector_dim(shape, op.operands)
+        others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
+        along = vector_dim is None or vector_dim == axis
+        order = [*others, axis] if along else [*others, vector_dim, axis]
+        nest = self.nest(shape, vector_dim, width, order)
+        if nest.depth == 0 or shape[axis] == 1:
+            self.reduce_nothing(op)
+            return
+        identity = self.identity(op)
+        guards: list[str] = []
+        if identity is not None and len(op.operands) == 1:
+            parts = [part for part in self.neutral_parts(op.operands[0], identity) if part.dim == axis]
+            guards = self.clip(nest, parts)
+        assert not guards
+        results = [self.reduce_target(result) for result in op.results]
+        evaluator = Evaluator(self.kernel, nest)
+        whole = along and vector_dim is not None
+        cheap = sum(self.plan.inline_cost(operand) for operand in op.operands) <= CHEAP
+        chains = CHAINS if whole and cheap and identity is not None else 1
+        if whole:
+            chains = max(1, min(chains, shape[axis] // width))
+        copies = nest.chunks_per_turn if not along and vector_dim is not None else chains
+        level = nest.level_of[axis] - 1
+        names = self.declare_accumulators(op, nest, copies, level, identity)
+
+        def body(copy: int) -> None:
+            at = nest.indices()
+            cells = [evaluator.at(operand, at) for operand in op.operands]
+            accumulators = [
+                Cell("vector" if width > 1 else "uniform", name, nest.depth) for name in names[copy % copies]
+            ]
+            texts = self.combined(evaluator, op, accumulators, cells)
+            first = self.first_turn(nest, axis, copy, copies, along)
+            for accumulator, text, cell, operand in zip(accumulators, texts, cells, op.operands, strict=True):
+                if identity is None:
+                    text = (
+                        f"{first} ? {evaluator.vector(cell, operand.type)} : {text}"
+                        if width == 1 or first == "true"
+                        else (f"select({first}, {evaluator.vector(cell, operand.type)}, {text})")
+                    )
+                elif nest.lanes and whole:
+                    text = f"select(below<i32x{width}>({nest.lanes}), {text}, {accumulator.text})"
+                nest.add(nest.depth, f"{accumulator.text} = {text};")
+
+        def after(at_level: int) -> list[str]:
+            if at_level != level:
+                return []
+            if whole:
+                return self.fold_lanes(op, evaluator, names, results)
+            return self.write_columns(nest, names, results, copies)
+
+        self.finish(nest.render(body, chains, after), guards)
+        for result, target in zip(op.results, results, strict=True):
+            if isinstance(target, Stored):
+                self.kernel.storage[result] = target
+
+    def reduce_target(self, result: Value) -> Stored | str:
+        if result.type.is_tensor:
+            return self.kernel.array(result.type, result.name + "_a")
+        self.kernel.emit(f"{lanes_type(result.type.element, 1)} {result.name};")
+        return result.name
+
+    def reduce_nothing(self, op: Op) -> None:
+        """An axis of one element: the result is the operand."""
+        for operand, result in zip(op.operands, op.results, strict=True):
+            stored = self.kernel.storage.get(operand) or self.materialize(operand)
+            axis = op.attrs["axis"]
+            if result.type.is_tensor:
+                strides = stored.strides[:axis] + stored.strides[axis + 1 :]
+                self.kernel.storage[result] = Stored(stored.array, result.type, strides, stored.offset)
+            else:
+                self.kernel.let(result, f"{stored.array}[{stored.offset}]")
+
+    def declare_accumulators(self, op: Op, nest: Nest, copies: int, level: int, identity: object) -> list[list[str]]:
+        names = []
+        for _ in range(copies):
+            row = []
+            for result in op.results:
+                name = nest.fresh(result.name)
+                kind = lanes_type(result.type.element, nest.width)
+                start = ""
+                if identity is not None:
+                    text = literal(identity, result.type.element)
+                    if nest.width > 1:
+                        text = f"-(int32_t){text}" if result.type.element == "i1" else text
+                        text = f"splat<{kind}>({text})"
+                    start = f" = {text}"
+                elif nest.width == 1 or identity is None:
+                    start = "{}"
+                nest.add(level, f"{kind} {name}{start};")
+                row.append(name)
+            names.append(row)
+        return names
+
+    def first_turn(self, nest: Nest, axis: int, copy: int, copies: int, along: bool) -> str:
+        index = nest.index(axis)
+        return {"0": "true"}.get(index.text, "false") if index.text.isdigit() else f"{index.text} == 0"
+
+    def fold_lanes(self, op: Op, evaluator: Evaluator, names: list[list[str]], results: list) -> list[str]:
+        """Combine the chains, then the lanes, then write the result."""
+        nest = evaluator.nest
+
+        def fold(_copy: int) -> None:
+            total = names[0]
+            for more in names[1:]:
+                self.combine_into(op, evaluator, total, more)
+            step = nest.width // 2
+            while step:
+                rotated = []
+                for name, operand in zip(total, op.operands, strict=True):
+                    kind = lanes_type(operand.type.element, nest.width)
+                    rotated.append(nest.let(nest.depth, kind, f"{name}_{step}", f"rotate<{step}>({name})"))
+                self.combine_into(op, evaluator, total, rotated)
+                step //= 2
+            for name, target, operand in zip(total, results, op.operands, strict=True):
+                text = f"{name}[0]" + (" != 0" if operand.type.element == "i1" else "")
+                nest.add(nest.depth, f"{self.reduced_place(nest, target, op.attrs['axis'])} = {text};")
+
+        return nest.body_lines(fold)
+
+    def combine_into(self, op: Op, evaluator: Evaluator, total: list[str], more: list[str]) -> None:
+        nest = evaluator.nest
+        left = [Cell("vector", name, nest.depth) for name in total]
+        right = [Cell("vector", name, nest.depth) for name in more]
+        texts = self.combined(evaluator, op, left, right)
+        temporaries = texts
+        if len(texts) > 1:
+            temporaries = [nest.let(nest.depth, "auto", name, text) for name, text in zip(total, texts, strict=True)]
+        for name, text in zip(total, temporaries, strict=True):
+            nest.add(nest.depth, f"{name} = {text};")
+
+    def reduced_place(self, nest: Nest, target: Stored | str, axis: int) -> str:
+        if isinstance(target, str):
+            return target
+        indices = [nest.index(d) for d in range(len(nest.shape)) if d != axis]
+        terms = [
+            i.text if s == 1 else f"{i.text} * {s}"
+            for i, s in zip(indices, target.strides, strict=True)
+            if i.text != "0"
+        ]
+        return f"{target.array}[{' + '.join(terms) or '0'}]"
+
+    def write_columns(self, nest: Nest, names: list[list[str]], results: list, copies: int) -> list[str]:
+        """Write accumulators that hold one result per lane (or, in a nest of width 1, one result)."""
+        axis = next(d for d in nest.order if nest.level_of[d] == nest.depth)
+        lines = []
+        for copy, row in enumerate(names):
+            for name, target in zip(row, results, strict=True):
+                if nest.vector_dim is None:
+                    lines.append(f"{self.reduced_place(nest, target, axis)} = {name};")
+                    continue
+                offset = copy * nest.width
+                only = nest.chunks_per_turn * nest.width >= nest.shape[nest.vector_dim]
+                place = self.reduced_place(nest, target, axis)
+                index = nest.index_name[nest.vector_dim]
+                text = place[place.index("[") + 1 : -1].split(" + ")
+                stride = target.strides[nest.vector_dim - (1 if axis < nest.vector_dim else 0)]
+                mine = index if stride == 1 else f"{index} * {stride}"
+                others = [term for term in text if term != mine] + ([] if only else [mine])
+                spot = " + ".join([target.array, *[t for t in others if t != "0"], str(offset * stride)])
+                value = f"-{name}" if target.type.element == "i1" else name
+                line = (
+                    f"store({spot}, {value});"
+                    if stride == 1
+                    else f"store_strided({spot}, {stride}, {value}, {nest.width});"
+                )
+                lines.append(line)
+        return lines
+
+    def neutral_parts(self, value: Value, identity: int | float | bool) -> list:
+        """Mask conjuncts outside of which `value` is the reduction's identity, so that loops may end there."""
+        at: Map = tuple(range(len(value.type.shape)))
+        found = []
+        seen = set()
+
+        def masks_in(inner: Value, at: Map) -> None:
+            if inner.op is None or inner in self.kernel.storage or not inner.type.is_tensor or (inner, at) in seen:
+                return
+            seen.add((inner, at))
+            if (source := through_view(inner, at)) is not None:
+                masks_in(*source)
+                return
+            mask = None
+            if inner.op.name == "tt.load" and len(inner.op.operands) > 1:
+                mask = inner.op.operands[1]
+            elif inner.op.name == "arith.select":
+                mask = inner.op.operands[0]
+            if mask is not None and mask.type.is_tensor:
+                found.extend(part for part in conjuncts(mask, at, self.analysis) if part.dim is not None)
+            if inner.op.name != "tt.load" and is_lazy(inner.op):
+                for operand in inner.op.operands:
+                    masks_in(operand, at)
+
+        masks_in(value, at)
+        return [part for part in found if self.value_without(value, at, part) == identity]
+
+    def value_without(self, value: Value, at: Map, part) -> float | int | bool | None:
+        """What `value` is where `part` does not hold, if that is one number."""
+        op = value.op
+        if value.type.element == "i1" and (value, at) == (part.leaf, part.at):
+            return False
+        if op is None or value in self.kernel.storage:
+            return None
+        if op.name == "arith.constant":
+            return parse_literal(op.attrs["value"], value.type.element)
+        if op.name == "tt.splat":
+            return self.value_without(op.operands[0], (), part)
+        if (source := through_view(value, at)) is not None:
+            return self.value_without(*source, part)
+        if not value.type.is_tensor:
+            return None
+        if op.name == "tt.load" and len(op.operands) > 1 and self.value_without(op.operands[1], at, part) is False:
+            return 0.0 if len(op.operands) < 3 else self.value_without(op.operands[2], at, part)
+        inner = [self.value_without(operand, at, part) for operand in op.operands] if op.name != "tt.load" else []
+        if op.name == "arith.select" and inner[0] is not None:
+            return inner[1] if inner[0] else inner[2]
+        if op.name == "arith.andi" and value.type.element == "i1" and False in inner:
+            return False
+        if None in inner or not inner:
+            return None
+        if op.name == "arith.mulf":
+            return inner[0] * inner[1]
+        if op.name == "arith.addf":
+            return inner[0] + inner[1]
+        if op.name == "arith.muli":
+            return inner[0] * inner[1]
+        return inner[0] if op.name in ("arith.extf", "arith.truncf", "arith.extsi", "arith.extui") else None
+
+    # -- scans
+
+    def scan(self, op: Op) -> None:
+        shape, axis = op.operands[0].type.shape, op.attrs["axis"]
+        order = [d for d in range(len(shape)) if d != axis] + [axis]
+        nest = self.nest(shape, None, 1, order)
+        if shape[axis] == 1:
+            for operand, result in zip(op.operands, op.results, strict=True):
+                self.kernel.storage[result] = self.kernel.storage.get(operand) or self.materialize(operand)
+            return
+        targets = [self.kernel.array(result.type, result.name + "_a") for result in op.results]
+        evaluator = Evaluator(self.kernel, nest)
+        level = nest.level_of[axis] - 1
+        names = self.declare_accumulators(op, nest, 1, level, None)[0]
+        if op.attrs["reverse"]:
+            nest.reverse = axis
+
+        def body(_copy: int) -> None:
+            at = nest.indices()
+            cells = [evaluator.at(operand, at) for operand in op.operands]
+            accumulators = [Cell("uniform", name, nest.depth) for name in names]
+            texts = self.combined(evaluator, op, accumulators, cells)
+            first = f"{nest.index_name[axis]} == 0"
+            fresh = [
+                nest.let(nest.depth, "auto", n, f"{first} ? {c.text} : {t}")
+                for n, c, t in zip(names, cells, texts, strict=True)
+            ]
+            for name, new, target in zip(names, fresh, targets, strict=True):
+                nest.add(nest.depth, f"{name} = {new};")
+                for line in evaluator.write(target, at, Cell("uniform", new, nest.depth)):
+                    nest.add(nest.depth, line)
+
+        self.finish(nest.render(body))
+        for result, target in zip(op.results, targets, strict=True):
+            self.kernel.storage[result] = target
+
+    # -- dots
+
+    def dot(self, op: Op) -> None:
+        a, b, c = op.operands
+        if len(op.result.type.shape) != 2 or op.result.type.element not in ("f32", "i32", "f16", "bf16"):
+            raise unsupported(op, f"of {op.result.type.element}{list(op.result.type.shape)} is not supported")
+        m, n = op.result.type.shape
+        k = a.type.shape[1]
+        target = self.dot_target(op, c) or self.kernel.array(op.result.type, op.result.name + "_a")
+        if self.kernel.storage.get(c) is not target:
+            self.assign(target, c)
+        left, limits = self.dot_operand(a, (0, 2))
+        right, more = self.dot_operand(b, (2, 1))
+        ends = {dim: list(dict.fromkeys(limits.get(dim, []) + more.get(dim, []))) for dim in (0, 1, 2)}
+        size = {0: m, 1: n, 2: k}
+        rows, cols, depth = (clipped(ends[dim], size[dim]) for dim in (0, 1, 2))
+        code = emit_dot(
+            left, right, target.array, (m, n, k), lanes=self.kernel.lanes, rows=rows, cols=cols, depth=depth
+        )
+        self.kernel.helpers.update(dict.fromkeys(code.helpers))
+        self.kernel.emit_all(["{", *("  " + line for line in code.body), "}"])
+        self.kernel.storage[op.result] = target
+        if op.result.type.element in HALF:
+            raise unsupported(op, f"with accumulator {op.result.type.element} is not supported; accumulate in fp32")
+
+    def dot_target(self, op: Op, c: Value) -> Stored | None:
+        """The carried array that the dot may add to in place: its old value is read by nothing later."""
+        block = op.parent
+        loop = block.parent if block is not None else None
+        if loop is None or loop.name != "scf.for":
+            return None
+        for arg, yielded in zip(block.args[1:], block.ops[-1].operands, strict=True):
+            if yielded is not op.result or not arg.type.is_tensor:
+                continue
+            stored = self.kernel.storage[arg]
+            late = [use for use in self.plan.consumers(arg) if use is not op and use.position >= op.position]
+            early_views = [use for use in arg.uses if use.name in ("tt.reshape", "tt.split")]
+            in_operands = any(self.reads_array(operand, stored.array) for operand in op.operands[:2])
+            if not late and not early_views and not in_operands and not self.reads_array(c, stored.array, moved=True):
+                return stored
+        return None
+
+    def dot_operand(self, value: Value, dims: tuple[int, int]) -> tuple[Operand, dict[int, list]]:
+        """Where the dot finds an operand: in memory as it was loaded, else in an array. dims: the dot's dimensions
+        (0 rows, 1 columns, 2 depth) of the operand's two."""
+        at: Map = dims
+        source = value
+        while source not in self.kernel.storage and source.op is not None:
+            if (
+                source.op.name == "arith.extf"
+                and source.type.element == "f32"
+                and source.op.operands[0].type.element in HALF
+            ):
+                source = source.op.operands[0]
+            elif (inner := through_view(source, at)) is not None and None not in inner[1]:
+                source, at = inner
+            else:
+                break
+        if source in self.kernel.storage and source.type.element not in ("i1", "ptr"):
+            return self.stored_operand(self.kernel.storage[source], at, dims), {}
+        if source.op is not None and source.op.name == "tt.load" and source not in self.kernel.storage:
+            if (found := self.loaded_operand(source.op, at, dims)) is not None:
+                return found
+        stored = self.kernel.storage.get(value) or self.materialize_here(value)
+        return self.stored_operand(stored, dims, dims), {}
+
+    def materialize_here(self, value: Value) -> Stored:
+        stored = self.kernel.array(value.type, value.name + "_tile")
+        self.assign(stored, value)
+        return stored
+
+    def stored_operand(self, stored: Stored, at: Map, dims: tuple[int, int]) -> Operand:
+        stride = dict(zip(at, stored.strides, strict=True))
+        dtype = {"i8": "i8"}.get(stored.type.element, "fp32")
+        pointer = stored.array + (f" + {stored.offset}" if stored.offset else "")
+        return Operand(pointer, str(stride[dims[0]]), str(stride[dims[1]]), dtype)
+
+    def loaded_operand(self, load: Op, at: Map, dims: tuple[int, int]) -> tuple[Operand, dict[int, list]] | None:
+        form = self.analysis.of(load.operands[0], at)
+        dtype = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "i8"}.get(load.result.type.element)
+        if form is None or dtype is None:
+            return None
+        limits: dict[int, list] = {}
+        if len(load.operands) > 1:
+            for part in conjuncts(load.operands[1], at, self.analysis):
+                if part.dim is None:
+                    if not part.uniform:
+                        return None
+                    limits.setdefault(2, []).append(f"({self.kernel.text(part.leaf)} ? {load.result.type.numel} : 0)")
+                else:
+                    limits.setdefault(part.dim, []).append(part.end)
+            if len(load.operands) > 2:
+                other = load.operands[2].op
+                while other is not None and other.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+                    other = other.operands[0].op
+                if (
+                    other is None
+                    or other.name != "arith.constant"
+                    or parse_literal(other.attrs["value"], load.result.type.element) != 0
+                ):
+                    return None
+        strides = [str(form.coefficient(dim)) for dim in dims]
+        return Operand(form.base(), strides[0], strides[1], dtype), limits
+
+
+def clipped(ends: list[str], size: int) -> str | None:
+    """C text of the least of some ends within 0 .. size; None where nothing ends early."""
+    text = None
+    for end in ends:
+        one = f"clip({end}, {size})"
+        text = one if text is None else f"least({text}, {one})"
+    return text
+
+
+__all__ = ["MEMORY", "ReducePrinter", "Type", "loops_between"]

@@ -1,0 +1,411 @@
+"""Print what tensors are computed for: stores, arrays, reductions, dots; each as one loop nest."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .affine import Affine, Conjunct, Map, conjuncts, through_view
+from .evaluate import Evaluator, Stored, row_major
+from .ir import Op, Type, Value
+from .nest import Extent, Nest, indented
+from .plan import is_lazy
+from .reduce import ReducePrinter
+from .spelling import BYTES, lanes_type, pointee_type, unsupported
+
+
+class RootPrinter(ReducePrinter):
+    """Prints roots of one kernel through `kernel.emit`."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.plan, self.analysis = kernel.plan, kernel.analysis
+
+    # -- what a value reads
+
+    def reads(self, value: Value, at: Map) -> Iterator[tuple[Value, Map]]:
+        """Loads and stored tensors printed with `value`, and how the tile indexes them."""
+        seen: set[tuple[Value, Map]] = set()
+
+        def visit(inner: Value, at: Map) -> Iterator[tuple[Value, Map]]:
+            if (inner, at) in seen or not inner.type.is_tensor:
+                return
+            seen.add((inner, at))
+            if inner in self.kernel.storage or inner.op.name == "tt.load":
+                yield inner, at
+                if inner in self.kernel.storage:
+                    return
+            if (source := through_view(inner, at)) is not None:
+                yield from visit(*source)
+            elif is_lazy(inner.op) and inner.op.name != "tt.splat":
+                for operand in inner.op.operands:
+                    yield from visit(operand, at)
+
+        yield from visit(value, at)
+
+    def vector_dim(
+        self, shape: tuple[int, ...], values: list[Value], pointer: Value | None = None
+    ) -> tuple[int | None, int]:
+        """The dimension along which most memory is contiguous, and how many lanes to take of it."""
+        identity = tuple(range(len(shape)))
+        votes = [0.0] * len(shape)
+        forms = [] if pointer is None else [self.analysis.of(pointer, identity)]
+        for value in values:
+            for read, at in self.reads(value, identity):
+                if read in self.kernel.storage:
+                    for dim, stride in zip(at, self.kernel.storage[read].strides, strict=True):
+                        if dim is not None and stride == 1:
+                            votes[dim] += 0.5
+                else:
+                    forms.append(self.analysis.of(read.op.operands[0], at))
+        for form in forms:
+            for dim in identity:
+                if form is not None and form.coefficient(dim) == 1:
+                    votes[dim] += 1
+        wide = [d for d in identity if shape[d] > 1]
+        if not wide:
+            return None, 1
+        best = max(wide, key=lambda d: (votes[d] * (1 if shape[d] >= 4 else 0.1), shape[d] >= self.kernel.lanes, d))
+        return best, min(self.kernel.lanes, shape[best] & -shape[best])
+
+    def nest(self, shape: tuple[int, ...], vector_dim: int | None, width: int, order: list[int] | None = None) -> Nest:
+        if order is None:
+            order = [d for d in range(len(shape)) if d != vector_dim] + ([] if vector_dim is None else [vector_dim])
+        return Nest(shape, order, vector_dim, width, self.kernel.names)
+
+    def finish(self, lines: list[str], guards: list[str] = ()) -> None:
+        for guard in guards:
+            lines = [f"if ({guard}) {{", *indented(lines), "}"]
+        self.kernel.emit("{")
+        self.kernel.emit_all(indented(lines))
+        self.kernel.emit("}")
+
+    # -- masks that cut the nest short
+
+    def clip(self, nest: Nest, parts: list[Conjunct]) -> list[str]:
+        """Let loops end where the mask does; returns conditions under which anything happens at all."""
+        guards = []
+        by_dim: dict[int, list[Conjunct]] = {}
+        for part in parts:
+            if part.uniform:
+                guards.append(self.kernel.text(part.leaf))
+                nest.facts[part.leaf, part.at] = 0
+            elif part.dim is not None and nest.shape[part.dim] > 1:
+                by_dim.setdefault(part.dim, []).append(part)
+                nest.facts[part.leaf, part.at] = nest.level_of[part.dim]
+        for dim, cuts in by_dim.items():
+            self.clip_dim(nest, dim, cuts)
+        return guards
+
+    def clip_dim(self, nest: Nest, dim: int, cuts: list[Conjunct]) -> None:
+        size = nest.shape[dim]
+        numbers = [max(0, min(size, cut.constant)) for cut in cuts if cut.constant is not None]
+        texts = list(dict.fromkeys(cut.end for cut in cuts if cut.constant is None))
+        divisor = min([cut.divisor for cut in cuts] + [size])
+        if not texts:
+            nest.extents[dim] = Extent(size, str(min(numbers)), min(numbers), divisor)
+            return
+        name = nest.fresh(f"n_{nest.index_name[dim]}")
+        limit = min(numbers, default=size)
+        text = f"clip({texts[0]}, {limit})"
+        for more in texts[1:]:
+            text = f"least({text}, clip({more}, {limit}))"
+        nest.add(0, f"const int32_t {name} = {text};")
+        nest.extents[dim] = Extent(size, name, None, divisor)
+
+    # -- arrays
+
+    def materialize(self, value: Value, hint: str | None = None) -> Stored:
+        """Compute a lazy tensor into an array of its own."""
+        stored = self.kernel.array(value.type, hint or value.name + "_a")
+        self.assign(stored, value)
+        self.kernel.storage[value] = stored
+        return stored
+
+    def assign(self, stored: Stored, value: Value) -> None:
+        """stored = value, element by element; `value` may read `stored` at the same element."""
+        shape = value.type.shape
+        vector_dim, width = self.vector_dim(shape, [value])
+        if vector_dim is not None and stored.strides[vector_dim] != 1 and 1 in stored.strides:
+            better = stored.strides.index(1)
+            if shape[better] >= min(self.kernel.lanes, 4):
+                vector_dim, width = better, min(self.kernel.lanes, shape[better] & -shape[better])
+        nest = self.nest(shape, vector_dim, width)
+        evaluator = Evaluator(self.kernel, nest)
+
+        def body(_copy: int) -> None:
+            at = nest.indices()
+            cell = evaluator.at(value, at)
+            for line in evaluator.write(stored, at, cell):
+                nest.add(nest.depth, line)
+
+        self.finish(nest.render(body))
+
+    def assign_all(self, targets: list[Value], values: list[Value], op: Op) -> None:
+        """targets = values at once, as a yield means it."""
+        pending = []
+        for target, value in zip(targets, values, strict=True):
+            if target.type.is_tensor and self.kernel.storage.get(value) is not self.kernel.storage[target]:
+                pending.append((self.kernel.storage[target], value))
+        while pending:
+            for k, (stored, value) in enumerate(pending):
+                others = [other for j, (_, other) in enumerate(pending) if j != k]
+                if not any(self.reads_array(other, stored.array) for other in others):
+                    break
+            else:  # a cycle: one value goes through an array of its own
+                k, (stored, value) = 0, pending[0]
+                self.copy_out(value)
+            if self.reads_array(value, stored.array, moved=True):
+                self.copy_out(value)
+            self.assign(stored, value)
+            pending.pop(k)
+        scalars = [(t, v) for t, v in zip(targets, values, strict=True) if not t.type.is_tensor and t is not v]
+        moving = {t.name for t, _ in scalars}
+        texts = []
+        for target, value in scalars:
+            text = self.kernel.text(value)
+            if text in moving and len(scalars) > 1:
+                name = self.kernel.fresh(f"next_{target.name}")
+                self.kernel.emit(f"const auto {name} = {text};")
+                text = name
+            texts.append((target.name, text))
+        for name, text in texts:
+            self.kernel.emit(f"{name} = {text};")
+
+    def copy_out(self, value: Value) -> None:
+        copy = self.kernel.array(value.type, value.name + "_next")
+        self.assign(copy, value)
+        self.kernel.storage[value] = copy
+
+    def reads_array(self, value: Value, array: str, moved: bool = False) -> bool:
+        """Whether printing `value` reads `array`; with `moved`, only reads at other elements than the one written count."""
+        identity = tuple(range(len(value.type.shape))) if value.type.is_tensor else ()
+        if not value.type.is_tensor:
+            return False
+        for read, at in self.reads(value, identity):
+            stored = self.kernel.storage.get(read)
+            if stored is not None and stored.array == array:
+                same = at == identity and stored.strides == row_major(value.type.shape) and stored.offset == 0
+                if not (moved and same):
+                    return True
+        return False
+
+    # -- stores
+
+    def store(self, op: Op) -> None:
+        pointer, value, *masks = op.operands
+        if not pointer.type.is_tensor:
+            self.kernel.scalar_store(op)
+            return
+        identity = tuple(range(len(pointer.type.shape)))
+        hazards = self.hazards(pointer, value, identity)
+        target = self.analysis.of(pointer, identity)
+        shape = pointer.type.shape
+        vector_dim, width = self.vector_dim(shape, [value], pointer)
+        contiguous = target is not None and vector_dim is not None and target.coefficient(vector_dim) == 1 and width > 1
+        if hazards and (None in hazards or not contiguous):
+            self.copy_out(value)
+            hazards = []
+        if not hazards:
+            self.store_nest(op, value, vector_dim, width, None)
+            return
+        self.kernel.emit("{")
+        self.kernel.indent += 1
+        shared = self.kernel.fresh("shared")
+        checks = " || ".join(dict.fromkeys(overlap_check(form, load, target, op, shape) for form, load in hazards))
+        self.kernel.emit(f"const bool {shared} = {checks};  // what is stored may be read again: go through an array")
+        aside = self.kernel.array(Type(value.type.element, shape), value.name + "_aside")
+        aside = replace(aside, type=Type(value.type.element, shape))
+        self.store_nest(op, value, vector_dim, width, (shared, aside))
+        saved = self.kernel.storage.get(value)
+        self.kernel.storage[value] = aside
+        self.kernel.emit(f"if ({shared}) {{")
+        self.kernel.indent += 1
+        self.store_nest(op, value, vector_dim, width, None)
+        self.kernel.indent -= 1
+        self.kernel.emit("}")
+        if saved is None:
+            del self.kernel.storage[value]
+        else:
+            self.kernel.storage[value] = saved
+        self.kernel.indent -= 1
+        self.kernel.emit("}")
+
+    def hazards(self, pointer: Value, value: Value, identity: Map) -> list[tuple[Affine, Op] | None]:
+        """Loads inside `value` that the store itself might change before they happen; None for one without an affine form."""
+        found: list[tuple[Affine, Op] | None] = []
+        target = self.analysis.of(pointer, identity)
+        for read, at in self.reads(value, identity):
+            if read in self.kernel.storage:
+                continue
+            source = read.op.operands[0]
+            form = self.analysis.of(source, at)
+            if (source is pointer and at == identity) or (form is not None and form == target):
+                continue
+            found.append(None if form is None else (form, read.op))
+        return found
+
+    def store_nest(
+        self, op: Op, value: Value, vector_dim: int | None, width: int, aside: tuple[str, Stored] | None
+    ) -> None:
+        pointer, _, *masks = op.operands
+        shape = pointer.type.shape
+        nest = self.nest(shape, vector_dim, width)
+        identity = tuple(range(len(shape)))
+        guards = self.clip(nest, conjuncts(masks[0], identity, self.analysis)) if masks else []
+        evaluator = Evaluator(self.kernel, nest)
+
+        def body(_copy: int) -> None:
+            at = nest.indices()
+            mask = evaluator.at(masks[0], at) if masks else None
+            cell = evaluator.at(value, at)
+            to = evaluator.at(pointer, at)
+            lines = evaluator.store(to, cell, mask, value.type)
+            if aside is not None:
+                shared, stored = aside
+                lines = [f"if ({shared}) {line}" for line in evaluator.write(stored, at, cell)] + [
+                    f"else {line}" for line in lines
+                ]
+            for line in lines:
+                nest.add(nest.depth, line)
+
+        self.finish(nest.render(body), guards)
+
+    # -- views
+
+    def reshape(self, op: Op) -> None:
+        source = self.kernel.storage[op.operands[0]]
+        if source.strides != row_major(source.type.shape):
+            packed = self.kernel.array(source.type, op.operands[0].name + "_packed")
+            self.assign(packed, op.operands[0])
+            source = packed
+        shape = op.result.type.shape
+        self.kernel.storage[op.result] = Stored(source.array, op.result.type, row_major(shape), source.offset)
+
+    def join(self, op: Op) -> None:
+        result = self.kernel.array(op.result.type, op.result.name + "_a")
+        for k, operand in enumerate(op.operands):
+            self.assign(Stored(result.array, operand.type, result.strides[:-1], k), operand)
+        self.kernel.storage[op.result] = result
+
+    def split(self, op: Op) -> None:
+        source = self.kernel.storage[op.operands[0]]
+        for k, result in enumerate(op.results):
+            if result.type.is_tensor:
+                self.kernel.storage[result] = Stored(
+                    source.array, result.type, source.strides[:-1], source.offset + k * source.strides[-1]
+                )
+            else:
+                self.kernel.let(result, f"{source.array}[{source.offset + k * source.strides[-1]}]")
+
+    def cat(self, op: Op) -> None:
+        result = self.kernel.array(op.result.type, op.result.name + "_a")
+        offset = 0
+        for operand in op.operands:
+            self.assign(Stored(result.array, operand.type, row_major(operand.type.shape), offset), operand)
+            offset += operand.type.numel
+        self.kernel.storage[op.result] = result
+
+    def unsplat(self, op: Op) -> None:
+        source = op.operands[0]
+        stored = self.kernel.storage.get(source) or self.materialize(source)
+        self.kernel.let(op.result, f"{stored.array}[{stored.offset}]")
+
+    def gather(self, op: Op) -> None:
+        """result[i, j] = source[index[i, j], j] along the axis."""
+        source, index = op.operands
+        axis = op.attrs["axis"]
+        stored = self.kernel.storage[source]
+        result = self.kernel.array(op.result.type, op.result.name + "_a")
+        nest = self.nest(op.result.type.shape, None, 1)
+        evaluator = Evaluator(self.kernel, nest)
+
+        def body(_copy: int) -> None:
+            at = nest.indices()
+            place = evaluator.at(index, at)
+            moved = tuple(
+                replace(i, text=f"({place.text})", level=nest.depth) if d == axis else i for d, i in enumerate(at)
+            )
+            for line in evaluator.write(result, at, evaluator.read(stored, moved, source)):
+                nest.add(nest.depth, line)
+
+        self.finish(nest.render(body))
+        self.kernel.storage[op.result] = result
+
+    # -- atomics
+
+    def atomic(self, op: Op) -> None:
+        """One element at a time; other programs of the grid may run meanwhile."""
+        if op.name == "tt.atomic_cas":
+            pointer, expected, value = op.operands
+            call, masks, extra = "compare_exchange", [], [expected]
+        else:
+            pointer, value, *masks = op.operands
+            call, extra = f"atomic_{op.attrs['words'][0]}", []
+        element = value.type.element
+        if element not in ("i32", "i64", "f32", "f64"):
+            raise unsupported(op, f"of {element} is not supported")
+        memory = pointee_type(pointer.type)
+        shape = value.type.shape
+        if not shape:
+            args = ", ".join(self.kernel.text(v) for v in [pointer, *extra, value])
+            call_text = f"{call}<{memory}>({args})"
+            if masks:
+                call_text = f"{self.kernel.text(masks[0])} ? {call_text} : {memory}()"
+            self.kernel.let(op.result, call_text)
+            return
+        result = self.kernel.array(op.result.type, op.result.name + "_a") if op.result.uses else None
+        nest = self.nest(shape, None, 1)
+        evaluator = Evaluator(self.kernel, nest)
+
+        def body(_copy: int) -> None:
+            at = nest.indices()
+            args = ", ".join(evaluator.at(v, at).text for v in [pointer, *extra, value])
+            text = f"{call}<{memory}>({args})"
+            if masks:
+                text = f"{evaluator.at(masks[0], at).text} ? {text} : {memory}()"
+            old = nest.let(nest.depth, lanes_type(element, 1), op.result.name, text)
+            if result is not None:
+                place = " + ".join(f"{i.text} * {s}" for i, s in zip(at, result.strides, strict=True))
+                nest.add(nest.depth, f"{result.array}[{place}] = {old};")
+
+        for operand in [value, *masks, pointer]:  # every read comes before the first write
+            for read, _ in list(self.reads(operand, tuple(range(len(shape))))):
+                if read not in self.kernel.storage:
+                    self.materialize(read)
+        self.finish(nest.render(body))
+        if result is not None:
+            self.kernel.storage[op.result] = result
+
+    PRINTERS = {
+        "tt.store": store,
+        "tt.reshape": reshape,
+        "tt.join": join,
+        "tt.split": split,
+        "tt.cat": cat,
+        "tt.unsplat": unsplat,
+        "tt.gather": gather,
+        "tt.atomic_rmw": atomic,
+        "tt.atomic_cas": atomic,
+        "tt.reduce": ReducePrinter.reduce,
+        "tt.scan": ReducePrinter.scan,
+        "tt.dot": ReducePrinter.dot,
+    }
+
+
+def overlap_check(form: Affine, load: Op, target: Affine, store: Op, shape: tuple[int, ...]) -> str:
+    """C++: whether the bytes of a load and of a store meet, other than element on element."""
+    source_pointer, target_pointer = load.operands[0].type, store.operands[0].type
+    check = f"overlap({span(form, shape)}, {span(target, shape)})"
+    same_size = BYTES.get(source_pointer.pointee) == BYTES.get(target_pointer.pointee)
+    if same_size and form.coefficients == target.coefficients:
+        return f"((const void *)({form.base()}) != (const void *)({target.base()}) && {check})"
+    return check
+
+
+def span(form: Affine, shape: tuple[int, ...]) -> str:
+    reaches = []
+    for dim, coefficient in form.coefficients:
+        steps = shape[dim] - 1
+        reaches.append(
+            str(coefficient * steps) if isinstance(coefficient, int) else f"(int64_t)({coefficient}) * {steps}"
+        )
+    return f"span({', '.join([form.base(), *reaches])})"

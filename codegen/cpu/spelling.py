@@ -1,0 +1,335 @@
+"""How types, constants and elementwise operations are spelled in C++. Tables; nothing here chooses.
+
+A value of element f16 or bf16 is a float holding exactly that value; an i1 is a bool, or lanes of int32_t (0 or -1).
+"""
+
+import math
+import struct
+
+from ...compiler.errors import UnsupportedKernel
+from .ir import Op, Type
+
+SCALAR = {"i1": "bool", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t", "index": "int64_t"}
+SCALAR |= {"f16": "float", "bf16": "float", "f32": "float", "f64": "double"}
+MEMORY = SCALAR | {"i1": "uint8_t", "f16": "uint16_t", "bf16": "uint16_t"}
+LANE = {"i1": "i32", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64", "ptr": "i64"}
+LANE |= {"f16": "f32", "bf16": "f32", "f32": "f32", "f64": "f64"}
+HALF = ("f16", "bf16")
+BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+LIMITS = {"i8": 8, "i16": 16, "i32": 32, "i64": 64}
+
+
+def unsupported(op: Op, why: str) -> UnsupportedKernel:
+    place = f"{op.location[0]}:{op.location[1]}: " if op.location else ""
+    return UnsupportedKernel(f"{place}{op.name} {why} on CPU; write it another way or run this kernel on a GPU")
+
+
+def scalar_type(type_: Type) -> str:
+    if type_.element == "ptr":
+        return f"{pointee_type(type_)} *"
+    return SCALAR[type_.element]
+
+
+def pointee_type(type_: Type) -> str:
+    """C type in memory of what a pointer (or a tensor of pointers) points to."""
+    return MEMORY.get(type_.pointee, "uint8_t")
+
+
+def lanes_type(element: str, width: int) -> str:
+    """C type of `width` lanes; of the scalar where width is 1."""
+    if width == 1:
+        return SCALAR.get(element, "int64_t")
+    return f"{LANE[element]}x{width}"
+
+
+def unsigned(name: str) -> str:
+    return "u" + name if name.startswith("int") else name.replace("i", "u", 1)
+
+
+def parse_literal(text: str, element: str) -> int | float | bool:
+    """The value of a constant as Triton IR prints it."""
+    if element == "i1":
+        return text in ("true", "1", "-1")
+    if element.startswith("i"):
+        return int(text)
+    if text.startswith("0x"):
+        raw = int(text, 16)
+        if element == "bf16":
+            return struct.unpack("<f", struct.pack("<I", raw << 16))[0]
+        code = {"f16": ("<e", "<H"), "f32": ("<f", "<I"), "f64": ("<d", "<Q")}[element]
+        return struct.unpack(code[0], struct.pack(code[1], raw))[0]
+    return float(text)
+
+
+def literal(value: int | float | bool, element: str) -> str:
+    if element == "i1":
+        return "true" if value else "false"
+    if element.startswith("i"):
+        if value == -(2**63):
+            return "INT64_MIN"
+        return f"INT64_C({value})" if abs(value) > 2**31 - 1 else str(value)
+    suffix = "" if element == "f64" else "f"
+    if math.isnan(value):
+        return f'__builtin_nan{suffix}("")'
+    if math.isinf(value):
+        return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
+    return f"{value!r}{suffix}"
+
+
+ARITHMETIC = {
+    "arith.addf": "{0} + {1}",
+    "arith.subf": "{0} - {1}",
+    "arith.mulf": "{0} * {1}",
+    "arith.divf": "{0} / {1}",
+    "tt.precise_divf": "{0} / {1}",
+    "math.fma": "fused_multiply_add<{V}>({0}, {1}, {2})",
+    "math.exp": "exponential<{V}>({0})",
+    "math.exp2": "exponential2<{V}>({0})",
+    "math.log": "logarithm<{V}>({0})",
+    "math.log2": "logarithm2<{V}>({0})",
+    "math.sin": "sine<{V}>({0})",
+    "math.cos": "cosine<{V}>({0})",
+    "math.tanh": "hyperbolic_tangent<{V}>({0})",
+    "math.erf": "error_function<{V}>({0})",
+    "math.sqrt": "square_root<{V}>({0})",
+    "tt.precise_sqrt": "square_root<{V}>({0})",
+    "math.rsqrt": "reciprocal_root<{V}>({0})",
+}
+FLOAT_MOVES = {  # results that need no rounding to f16 or bf16
+    "arith.negf": "-{0}",
+    "math.absf": "absolute<{V}>({0})",
+    "math.floor": "round_down<{V}>({0})",
+    "math.ceil": "round_up<{V}>({0})",
+    "arith.maxnumf": "max_number<{V}>({0}, {1})",
+    "arith.minnumf": "min_number<{V}>({0}, {1})",
+    "arith.maximumf": "max_nan<{V}>({0}, {1})",
+    "arith.minimumf": "min_nan<{V}>({0}, {1})",
+}
+INTEGER = {
+    "arith.addi": "{0} + {1}",
+    "arith.subi": "{0} - {1}",
+    "arith.muli": "{0} * {1}",
+    "arith.andi": "{0} & {1}",
+    "arith.ori": "{0} | {1}",
+    "arith.xori": "{0} ^ {1}",
+    "arith.shli": "{0} << {1}",
+    "arith.shrsi": "{0} >> {1}",
+    "arith.shrui": "bits<{V}>(bits<{U}>({0}) >> bits<{U}>({1}))",
+    "arith.divsi": "divide<{V}>({0}, {1})",
+    "arith.remsi": "remainder<{V}>({0}, {1})",
+    "arith.divui": "bits<{V}>(divide<{U}>(bits<{U}>({0}), bits<{U}>({1})))",
+    "arith.remui": "bits<{V}>(remainder<{U}>(bits<{U}>({0}), bits<{U}>({1})))",
+    "arith.minsi": "({0} < {1} ? {0} : {1})",
+    "arith.maxsi": "({0} > {1} ? {0} : {1})",
+    "arith.minui": "(bits<{U}>({0}) < bits<{U}>({1}) ? {0} : {1})",
+    "arith.maxui": "(bits<{U}>({0}) > bits<{U}>({1}) ? {0} : {1})",
+    "math.absi": "({0} < 0 ? -{0} : {0})",
+    "tt.mulhiui": "bits<{V}>(multiply_high<{U}>(bits<{U}>({0}), bits<{U}>({1})))",
+}
+NARROW = {"arith.shrui": "({U})({0}) >> {1}"}  # scalars promote to int: cast, do not reinterpret
+COMPARE_INT = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
+COMPARE_UNSIGNED = {"ult": "<", "ule": "<=", "ugt": ">", "uge": ">="}
+COMPARE_FLOAT = {
+    "oeq": "{0} == {1}",
+    "une": "{0} != {1}",
+    "ogt": "{0} > {1}",
+    "oge": "{0} >= {1}",
+    "olt": "{0} < {1}",
+    "ole": "{0} <= {1}",
+    "one": "({0} < {1}) | ({0} > {1})",
+    "ueq": "({0} == {1}) | ({0} != {0}) | ({1} != {1})",
+    "ugt": "({0} > {1}) | ({0} != {0}) | ({1} != {1})",
+    "uge": "({0} >= {1}) | ({0} != {0}) | ({1} != {1})",
+    "ult": "({0} < {1}) | ({0} != {0}) | ({1} != {1})",
+    "ule": "({0} <= {1}) | ({0} != {0}) | ({1} != {1})",
+    "ord": "({0} == {0}) & ({1} == {1})",
+    "uno": "({0} != {0}) | ({1} != {1})",
+}
+EXTERN = {
+    "exp": "exponential", "exp2": "exponential2", "log": "logarithm", "log2": "logarithm2", "sin": "sine", "cos": "cosine",
+    "tanh": "hyperbolic_tangent", "erf": "error_function", "sqrt": "square_root", "rsqrt": "reciprocal_root",
+    "fabs": "absolute", "floor": "round_down", "ceil": "round_up", "fast_expf": "exponential", "fast_tanh": "hyperbolic_tangent",
+    "fast_exp": "exponential", "fast_log": "logarithm", "fast_sin": "sine", "fast_cos": "cosine",
+    "log1p": "log1p_lanes", "expm1": "expm1_lanes", "tan": "tan_lanes", "asin": "asin_lanes", "acos": "acos_lanes",
+    "atan": "atan_lanes", "sinh": "sinh_lanes", "cosh": "cosh_lanes", "cbrt": "cbrt_lanes", "rint": "rint_lanes",
+    "nearbyint": "rint_lanes", "round": "round_lanes", "trunc": "trunc_lanes", "lgamma": "lgamma_lanes", "log10": "log10_lanes",
+    "asinh": "asinh_lanes", "acosh": "acosh_lanes", "atanh": "atanh_lanes", "erfc": "erfc_lanes",
+    "pow": "pow_lanes", "fmod": "fmod_lanes", "atan2": "atan2_lanes", "hypot": "hypot_lanes",
+    "fmin": "min_number", "fmax": "max_number", "copysign": "copy_sign", "fma": "fused_multiply_add",
+}  # fmt: skip
+CASTS = frozenset(
+    ["arith.extsi", "arith.extui", "arith.trunci", "arith.sitofp", "arith.uitofp", "arith.fptosi", "arith.fptoui", "arith.extf", "arith.truncf", "arith.bitcast", "tt.bitcast", "tt.fp_to_fp", "arith.index_cast", "tt.ptr_to_int", "tt.int_to_ptr"]
+)
+COSTS = {"arith.divf": 4, "tt.precise_divf": 4, "math.fma": 1, "math.sqrt": 6, "math.rsqrt": 8, "tt.precise_sqrt": 6}
+COSTS |= {"arith.divsi": 8, "arith.remsi": 8, "arith.divui": 8, "arith.remui": 8}
+
+
+def cost(op: Op) -> int:
+    """Roughly how many simple instructions a lane of `op` takes."""
+    if op.name in COSTS:
+        return COSTS[op.name]
+    if op.name in ("math.sin", "math.cos"):
+        return 30
+    if (op.name.startswith("math.") and op.name in ARITHMETIC) or op.name == "tt.extern_elementwise":
+        return 16
+    if op.name in CASTS and op.result.type.element in HALF:
+        return 4
+    return 1
+
+
+def is_elementwise(op: Op) -> bool:
+    tables = (ARITHMETIC, FLOAT_MOVES, INTEGER, CASTS)
+    extra = (
+        "arith.cmpi",
+        "arith.cmpf",
+        "arith.select",
+        "tt.clampf",
+        "tt.extern_elementwise",
+        "arith.remf",
+        "tt.addptr",
+    )
+    return op.name in extra or any(op.name in table for table in tables)
+
+
+def spell(op: Op, args: list[str], width: int) -> str:
+    """The expression of an elementwise op on `width` lanes, given its operands' expressions, each of the right C type."""
+    type_ = op.result.type
+    element = type_.element
+    vector = lanes_type(element, width)
+    if op.name in CASTS:
+        return spell_cast(op, args[0], width)
+    if op.name == "arith.cmpi":
+        return spell_compare(op, args, width)
+    if op.name == "arith.cmpf":
+        text = COMPARE_FLOAT[op.attrs["words"][0]].format(*args)
+        return text if width == 1 else f"mask({text})"
+    if op.name == "arith.select":
+        return f"select({args[0]}, {args[1]}, {args[2]})"
+    if op.name == "tt.clampf":
+        kind = "nan" if op.attrs.get("propagateNan") == "all" else "number"
+        return f"min_{kind}<{vector}>(max_{kind}<{vector}>({args[0]}, {args[1]}), {args[2]})"
+    if op.name == "arith.remf":
+        return rounded(f"fmod_{'f64' if element == 'f64' else 'lanes'}<{vector}>({args[0]}, {args[1]})", element)
+    if op.name == "tt.extern_elementwise":
+        return spell_extern(op, args, vector)
+    if op.name in ARITHMETIC:
+        return rounded(ARITHMETIC[op.name].format(*args, V=vector), element)
+    if op.name in FLOAT_MOVES:
+        return FLOAT_MOVES[op.name].format(*args, V=vector)
+    if op.name in INTEGER:
+        if element == "i1":
+            return spell_bool(op, args, width)
+        table = NARROW if width == 1 and op.name in NARROW else INTEGER
+        return table[op.name].format(*args, V=vector, U=unsigned(vector))
+    raise unsupported(op, "is not supported")
+
+
+def rounded(text: str, element: str) -> str:
+    return f"round_{element}({text})" if element in HALF else text
+
+
+def spell_bool(op: Op, args: list[str], width: int) -> str:
+    words = {
+        "arith.addi": "^",
+        "arith.subi": "^",
+        "arith.muli": "&",
+        "arith.andi": "&",
+        "arith.ori": "|",
+        "arith.xori": "^",
+    }
+    words |= {"arith.minui": "&", "arith.maxui": "|", "arith.minsi": "|", "arith.maxsi": "&"}
+    if op.name not in words:
+        raise unsupported(op, "of booleans is not supported")
+    return f"{args[0]} {words[op.name]} {args[1]}"
+
+
+def spell_compare(op: Op, args: list[str], width: int) -> str:
+    predicate = op.attrs["words"][0]
+    element = op.operands[0].type.element
+    if predicate in COMPARE_INT:
+        text = f"{args[0]} {COMPARE_INT[predicate]} {args[1]}"
+        if element == "i1" and predicate not in ("eq", "ne"):  # as signed numbers, true is -1
+            text = f"{args[1]} {COMPARE_INT[predicate]} {args[0]}" if width == 1 else text
+    else:
+        kind = unsigned(lanes_type("i8" if element == "i1" and width == 1 else element, width))
+        cast = "bits" if width > 1 else ""
+        a, b = ((f"{cast}<{kind}>({arg})" if cast else f"({kind})({arg})") for arg in args)
+        text = f"{a} {COMPARE_UNSIGNED[predicate]} {b}"
+    return text if width == 1 else f"mask({text})"
+
+
+def spell_extern(op: Op, args: list[str], vector: str) -> str:
+    symbol = str(op.attrs["symbol"]).removeprefix("__nv_")
+    element = op.result.type.element
+    base = symbol.removesuffix("f") if symbol not in EXTERN else symbol
+    double = {
+        "exponential",
+        "exponential2",
+        "logarithm",
+        "logarithm2",
+        "sine",
+        "cosine",
+        "hyperbolic_tangent",
+        "error_function",
+    }
+    double |= {"square_root", "reciprocal_root", "absolute", "round_down", "round_up", "min_number", "max_number"}
+    double |= {"fused_multiply_add"}
+    name = EXTERN.get(base)
+    if element == "f64" and base in ("pow", "fmod"):
+        name = f"{base}_f64"
+    elif name is None or (element == "f64" and name not in double) or not op.result.type.is_float:
+        raise unsupported(op, f"of {op.attrs['symbol']} is not supported")
+    return f"{name}<{vector}>({', '.join(args)})"
+
+
+def spell_cast(op: Op, arg: str, width: int) -> str:
+    source, target = op.operands[0].type.element, op.result.type.element
+    to = lanes_type(target, width)
+    wide = lanes_type(source, width)
+    name = op.name
+    if "ptr" in (source, target):
+        if width == 1:
+            return f"({scalar_type(op.result.type.with_shape(()))})({arg})"
+        return arg
+    if name in ("arith.bitcast", "tt.bitcast"):
+        if source == target:
+            return arg
+        if source in HALF:
+            return f"bits<{to}>(to_{source}({arg}))"
+        if target in HALF:
+            return f"from_{target}<{to}>(bits<{unsigned(wide)}>({arg}))"
+        if "i1" in (source, target):
+            return spell_truncation(arg, width) if target == "i1" else f"convert<{to}>({arg} & 1)"
+        return f"bits<{to}>({arg})"
+    if name == "arith.trunci" and target == "i1":
+        return spell_truncation(arg, width)
+    if source == "i1":
+        if (
+            name in ("arith.extui", "arith.uitofp", "arith.index_cast")
+            or (width == 1
+            and name not in ("arith.extsi", "arith.sitofp"))
+        ):
+            text = f"convert<{to}>({arg} & 1)"
+        else:
+            text = f"convert<{to}>({arg})" if width > 1 else f"convert<{to}>(-(int)({arg}))"
+        return rounded(text, target)
+    if name in ("arith.extui", "arith.uitofp"):
+        return rounded(f"convert<{to}>(bits<{unsigned(wide)}>({arg}))", target)
+    if name in ("arith.fptosi", "arith.fptoui"):
+        if target == "i1":
+            return f"{arg} != 0" if width == 1 else f"mask({arg} != 0)"
+        if name == "arith.fptoui":
+            return f"bits<{to}>(to_integer<{unsigned(to)}>({arg}))"
+        return f"to_integer<{to}>({arg})"
+    if name == "tt.fp_to_fp" and op.attrs.get("rounding") not in (None, "rtne"):
+        raise unsupported(op, f"with rounding {op.attrs['rounding']} is not supported")
+    text = arg if to == wide else f"convert<{to}>({arg})"
+    return (
+        rounded(text, target)
+        if source in ("f32", "f64", "i8", "i16", "i32", "i64") and target in HALF
+        else (rounded(text, target) if source in HALF and target in HALF and source != target else text)
+    )
+
+
+def spell_truncation(arg: str, width: int) -> str:
+    return f"({arg} & 1) != 0" if width == 1 else f"mask(({arg} & 1) != 0)"

@@ -1,0 +1,101 @@
+"""Triton's front end for the CPU target: a JITFunction to Triton IR, and kernels from source text.
+
+Only the front end and target-independent passes of libtriton run: no LLVM, no ptxas. What moves between Triton releases
+stays in this file.
+"""
+
+import functools
+import hashlib
+import linecache
+import types
+from collections.abc import Collection, Mapping
+from types import SimpleNamespace
+
+from ...compiler.errors import UnsupportedKernel
+
+OPTIONS = SimpleNamespace(
+    backend_name="cpu",
+    arch="cpu",
+    num_warps=1,
+    num_ctas=1,
+    num_stages=1,
+    warp_size=1,
+    debug=False,
+    sanitize_overflow=False,
+    enable_fp_fusion=True,
+    supported_fp8_dtypes=(),
+    deprecated_fp8_dot_operand_dtypes=(),
+    default_dot_input_precision="ieee",
+    allowed_dot_input_precisions=("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"),
+    max_num_imprecise_acc_default=0,
+    extern_libs=(),
+    instrumentation_mode="",
+    ir_override=None,
+    launch_cooperative_grid=False,
+)
+
+
+def make_ttir(
+    fn, signature: Mapping[str, str], constants: Mapping[str, object], divisible: Collection[str] = ()
+) -> str:
+    """Triton IR text, with locations, of `fn` (a JITFunction) specialized to argument types and constexprs.
+
+    Raises UnsupportedKernel with Triton's own message where its front end refuses the kernel.
+    """
+    from triton._C.libtriton import ir, passes
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.errors import CompilationError
+    from triton.language.extra.cuda import libdevice
+
+    missing = [name for name in fn.arg_names if name not in signature and name not in constants]
+    if missing:
+        raise UnsupportedKernel(f"kernel {fn.__name__}: no type and no constant given for {', '.join(missing)}")
+    types_ = {name: "constexpr" if name in constants else signature[name] for name in fn.arg_names}
+    attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible if name not in constants}
+    source = ASTSource(fn, types_, dict(constants), attrs)
+    context = ir.context()
+    ir.load_dialects(context)
+    codegen_fns = {"min_dot_size": lambda lhs, rhs: (1, 1, 1), "convert_custom_types": refuse_custom_types}
+    module_map = {"triton.language.extra.libdevice": libdevice}
+    try:
+        module = source.make_ir(GPUTarget("cpu", 0, 1), OPTIONS, codegen_fns, module_map, context)
+    except CompilationError as error:
+        reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+        raise UnsupportedKernel(f"kernel {fn.__name__}: Triton's front end refuses it: {reason}") from error
+    manager = ir.pass_manager(context)
+    passes.common.add_inliner(manager)
+    for add in ("add_rewrite_tensor_pointer", "add_rewrite_tensor_descriptor_to_pointer"):
+        if hasattr(passes.ttir, add):
+            getattr(passes.ttir, add)(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.ttir.add_combine(manager)
+    passes.ttir.add_reorder_broadcast(manager)
+    passes.common.add_cse(manager)
+    passes.common.add_licm(manager)
+    passes.ttir.add_loop_unroll(manager)
+    passes.common.add_cse(manager)
+    passes.common.add_symbol_dce(manager)
+    manager.run(module, "make_ttir")
+    return str(module)
+
+
+def refuse_custom_types(*_args, **_kwargs):
+    raise UnsupportedKernel("fp8 conversions are not supported on CPU")
+
+
+@functools.lru_cache(maxsize=512)
+def kernel_from_source(source: str, name: str):
+    """The JITFunction `name` defined by `source`, a module's text that imports what it uses.
+
+    The text is registered with linecache, so that Triton's `inspect.getsource` reads it without a file.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    filename = f"<kernel {name} {digest}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    module = types.ModuleType(f"kernel_{name}_{digest}")
+    module.__file__ = filename
+    exec(compile(source, filename, "exec"), module.__dict__)
+    if name not in module.__dict__:
+        raise UnsupportedKernel(f"the source given defines no kernel named {name}")
+    return module.__dict__[name]
