@@ -13,7 +13,7 @@ from torch import Tensor
 from .compiler.errors import InputError, ModelError
 from .runtime.decode import Runnable, check_prompt, stream
 from .runtime.kv_cache import KVCache, reuse_or_allocate
-from .runtime.sampling_params import SamplingParams
+from .runtime.sampling_params import SamplingParams, check_max_new_tokens
 from .runtime.text import Message, StopStrings, TextCodec
 
 if TYPE_CHECKING:
@@ -236,6 +236,7 @@ class LLM:
         if max_new_tokens is None:
             room = DEFAULT_NEW_TOKENS if config.max_position is None else config.max_position - length
             max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+        check_max_new_tokens(max_new_tokens)
         check_prompt(input_ids, attention_mask, max_new_tokens, config.vocab_size, config.max_position)
 
         def loop() -> Generator[Tensor]:

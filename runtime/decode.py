@@ -84,8 +84,10 @@ def extend(program: Runnable, tokens: Tensor, cache: KVCache) -> Tensor:
 def check_prompt(
     input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, vocab_size: int, context: int | None
 ) -> None:
-    """Raise InputError unless input_ids [B, S] and attention_mask [B, S] make a prompt with room for new tokens."""
-    check_max_new_tokens(max_new_tokens)
+    """Raise InputError unless input_ids [B, S] and attention_mask [B, S] make a prompt with room for new tokens.
+
+    attention_mask may be None. max_new_tokens is 0 where logits alone are wanted; context None has no limit.
+    """
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"input_ids must be int64 [batch, length], found {input_ids.dtype} {list(input_ids.shape)}")
     batch, length = input_ids.shape
@@ -158,6 +160,7 @@ def stream(
     The arguments are checked by this call, before the first token is asked for.
     """
     params = SamplingParams() if params is None else params
+    check_max_new_tokens(max_new_tokens)
     check_prompt(input_ids, attention_mask, max_new_tokens, program.config.vocab_size, program.config.max_position)
     eos = eos_tokens(program, eos_token_id, ignore_eos)
     if pad_token_id is None:

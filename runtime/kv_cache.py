@@ -59,7 +59,8 @@ class KVCache:
 
     def fits(self, batch: int, capacity: int, device: torch.device | str) -> bool:
         """Whether these buffers can serve another call of that size."""
-        return self.batch == batch and self.capacity >= capacity and self.past.device == torch.device(device)
+        here = torch.empty(0, device=device).device  # "cuda" names the current one of several
+        return self.batch == batch and self.capacity >= capacity and self.past.device == here
 
     def reset(self) -> None:
         """Forget every token; the buffers stay."""

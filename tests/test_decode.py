@@ -3,7 +3,7 @@
 import pytest
 import torch
 from effc.compiler.errors import InputError
-from effc.runtime.decode import decode_one, extend, generate, prefill, stream
+from effc.runtime.decode import check_prompt, decode_one, extend, generate, prefill, stream
 from effc.runtime.kv_cache import KVCache, reuse_or_allocate
 from effc.runtime.sampling_params import SamplingParams
 
@@ -206,6 +206,10 @@ def test_what_does_not_fit_is_refused_in_one_line(program, message):
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert len(program.calls) == calls
+
+
+def test_logits_alone_may_fill_the_context():
+    check_prompt(torch.ones(1, 128, dtype=torch.long), None, 0, vocab_size=96, context=128)
 
 
 def test_a_cache_without_room_is_refused(program):
