@@ -228,7 +228,7 @@ def erase_unused(graph: Graph, *nodes: fx.Node) -> int:
 
 
 def removable_call(node: fx.Node) -> bool:
-    return node.op == "call_function" and not node.is_impure()
+    return node.op == "call_function" and not node.is_impure(impure_random=False)
 
 
 def source_line(node: fx.Node) -> str:
