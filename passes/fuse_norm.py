@@ -28,8 +28,8 @@ RECIPROCAL_ROOT = (
     op(aten.rsqrt.default, MEAN_SQUARE) | op(aten.reciprocal.default, ROOT) | op(aten.div.Tensor, 1.0, ROOT)
 )
 NORMALIZED = op(aten.mul.Tensor, WIDE, RECIPROCAL_ROOT) | op(aten.div.Tensor, WIDE, ROOT)
-ROUNDED = cast(NORMALIZED) | NORMALIZED
-SCALED_ROUNDED = op(aten.mul.Tensor, ROUNDED.named("normalized"), tensor("scale"))
+ROUNDED = cast(NORMALIZED)
+SCALED_ROUNDED = op(aten.mul.Tensor, (ROUNDED | NORMALIZED).named("normalized"), tensor("scale"))
 SCALED_WIDE = cast(op(aten.mul.Tensor, NORMALIZED.named("normalized"), tensor("scale")))
 COMPOSITE = op(aten.rms_norm.default, X, any_("shape"), any_("scale"), any_("eps"))
 
@@ -47,6 +47,10 @@ def unfit(match: Match) -> str | None:
     if shared is not None:
         return f"{shared.name} is used elsewhere too"
     return None
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def norm_weight(match: Match) -> fx.Node | None:
@@ -92,7 +96,7 @@ def to_rms_norm_from_composite(match: Match) -> fx.Node | None:
     x = match.value("x")
     if len(match["shape"]) != 1:
         return match.decline(f"it normalizes over the last {len(match['shape'])} dimensions, not over one")
-    eps = match["eps"] if match["eps"] is not None else torch.finfo(x.dtype).eps
+    eps = match["eps"] if match["eps"] is not None else torch.finfo(wide_dtype(x.dtype)).eps
     weight = match["scale"]
     if weight is not None and (weight := norm_weight(match)) is None:
         return match.decline(f"the scale {match['scale'].name} is not a weight with one entry per channel")
@@ -100,10 +104,12 @@ def to_rms_norm_from_composite(match: Match) -> fx.Node | None:
     return match.call(rms_norm, match["x"], weight, float(eps), *(True,) * in_fp32)
 
 
+# What rounds at the end comes first: inside it, the same norm of the widened input would match too.
 RULES = (
-    Rule("rms_norm, scaled after rounding", SCALED_ROUNDED, to_rms_norm_scaled_rounded),
     Rule("rms_norm, scaled in fp32", SCALED_WIDE, to_rms_norm_scaled_wide),
-    Rule("rms_norm without scale", ROUNDED, to_rms_norm),
+    Rule("rms_norm, scaled after rounding", SCALED_ROUNDED, to_rms_norm_scaled_rounded),
+    Rule("rms_norm, rounded", ROUNDED, to_rms_norm),
+    Rule("rms_norm without scale", NORMALIZED, to_rms_norm),
     Rule("rms_norm of torch", COMPOSITE, to_rms_norm_from_composite),
 )
 

@@ -40,7 +40,7 @@ BY_HALVES = op(
 )
 PARTIAL = op(aten.cat.default, [op(rope, part(X, "head"), COS, SIN, INTERLEAVED), part(X, "rest")], AXIS)
 NO_REST = op(aten.cat.default, [op(rope, X, COS, SIN, INTERLEAVED).named("rotated"), part(X, "rest")], AXIS)
-IN_FP32 = cast(op(rope, cast(X), COS, SIN, INTERLEAVED))
+IN_FP32 = cast(op(rope, cast(X).named("wide"), COS, SIN, INTERLEAVED))
 
 
 def halves(match: Match) -> bool:
@@ -85,19 +85,19 @@ def table_of(graph: Graph, node: fx.Node, axis: int) -> fx.Node:
 
 
 def twice(graph: Graph, table: fx.Node) -> fx.Node:
-    """A table for half of the entries, repeated for the other half."""
+    """A table for half of the entries, repeated for the other half; one node for all that use it."""
     for user in table.users:
-        if user.target is aten.cat.default and list(user.args[0]) == [table, table] and user.args[1] == 2:
+        if user.target is aten.cat.default and list(user.args[0]) == [table, table] and user is table.next:
             return user
     return insert(graph, table.next, aten.cat.default, [table, table], 2, origins=(table,))
 
 
-def shared_call(graph: Graph, node: fx.Node, target: object, *args: object) -> fx.Node:
-    """`target(node, *args)` right behind `node`, made once."""
+def shared_call(graph: Graph, node: fx.Node, target: object, *args: object, **kwargs: object) -> fx.Node:
+    """`target(node, ...)` right behind `node`, made once."""
     for user in node.users:
-        if user.target is target and user.args == (node, *args) and user is node.next:
+        if user.target is target and user.args == (node, *args) and user.kwargs == kwargs and user is node.next:
             return user
-    return insert(graph, node.next, target, node, *args, origins=(node,))
+    return insert(graph, node.next, target, node, *args, origins=(node,), **kwargs)
 
 
 def unfit(match: Match) -> str | None:
@@ -165,11 +165,21 @@ def to_rope_alone(match: Match) -> fx.Node | None:
 
 def to_rope_of_narrow(match: Match) -> fx.Node | None:
     """Tables in fp32 widen the products anyway, and the op rounds once at the end, as the casts do."""
-    if dtype_of(match.root) != dtype_of(match["x"]) or dtype_of(match["cos"]) != torch.float32:
-        return match.decline("the input, the tables and the result have other dtypes than x, fp32, x")
-    if match["x"].meta["val"].dtype.itemsize > 2:
-        return match.decline(f"the cast from {dtype_of(match['x'])} rounds")
-    return match.call(rope, match["x"], match["cos"], match["sin"], match["interleaved"])
+    x, dtype = match["x"], dtype_of(match["x"])
+    if dtype_of(match.root) != dtype:
+        return match.decline(f"the result is {dtype_of(match.root)}, the input {dtype}")
+    if dtype not in (torch.bfloat16, torch.float16) or dtype_of(match["wide"]) != torch.float32:
+        return match.decline(f"it widens {dtype} to {dtype_of(match['wide'])}, not a 16-bit type to fp32")
+    if shared := match.shared():
+        return match.decline(f"{shared.name} is used elsewhere too")
+    tables = [widened(match.graph, match[name]) for name in ("cos", "sin")]
+    return match.call(rope, x, *tables, match["interleaved"])
+
+
+def widened(graph: Graph, table: fx.Node) -> fx.Node:
+    if dtype_of(table) == torch.float32:
+        return table
+    return shared_call(graph, table, aten._to_copy.default, dtype=torch.float32)
 
 
 RULES = (
