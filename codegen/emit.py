@@ -33,6 +33,7 @@ C_TYPES: dict[torch.dtype, str] = {
 }
 
 
+EXPORT = 'extern "C" __attribute__((visibility("default")))'
 PARAMETERS = "void* const* buffers, const int64_t* sizes, char* arena, int threads"
 
 
@@ -129,10 +130,10 @@ class StepPrinter:
             yield f"  end += ({self.size(slot.size)} + {ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT};"
 
     def functions(self) -> str:
-        lines = ['extern "C" int64_t arena_bytes(const int64_t* sizes) {', *self.preamble(), "  return end;", "}", ""]
+        lines = [f"{EXPORT} int64_t arena_bytes(const int64_t* sizes) {{", *self.preamble(), "  return end;", "}", ""]
         for segment in segments(self.schedule):
             lines += [
-                f'extern "C" void {segment.function}({PARAMETERS}) {{',
+                f"{EXPORT} void {segment.function}({PARAMETERS}) {{",
                 *self.preamble(),
                 "  #pragma omp parallel num_threads(threads)",
                 "  {",

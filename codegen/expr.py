@@ -12,6 +12,7 @@ from sympy.printing.str import StrPrinter
 class SizePrinter(StrPrinter):
     """What both languages share: explicit parentheses around divisions."""
 
+    printmethod = "_effc_size"  # torch's FloorDiv brings its own spelling under sympy's name for it
     divide = "//"
 
     def _print_FloorDiv(self, expr: sympy.Expr) -> str:

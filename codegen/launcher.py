@@ -13,6 +13,7 @@ from .emit import run_buffers, segments
 from .executable import Executable, Frame, Manifest, Output, RunBuffer, size_function
 from .expr import python_text
 from .kernel import Choice, Fallback, Launch, Layout, Pointer, Schedule
+from .schedule import Scheduled
 
 
 def manifest_of(schedule: Schedule, names: dict) -> Manifest:
@@ -114,3 +115,10 @@ class FallbackCall:
         produced = self.node.target(*args, **kwargs)
         for layout, tensor in zip(self.results, produced if isinstance(produced, tuple | list) else (produced,)):
             frame.buffers[layout.buffer.name] = tensor.contiguous()
+
+
+def fallback_calls(scheduled: Scheduled) -> list[FallbackCall]:
+    """The calls of ATen of a schedule, in order."""
+    names = scheduled.scope.names
+    order = tuple(names[symbol] for symbol in scheduled.schedule.symbols)
+    return [FallbackCall(step, names, order) for step in scheduled.schedule.fallbacks]

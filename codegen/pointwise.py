@@ -45,6 +45,8 @@ class Misaligned(NoKernel):
 class TritonPrinter(StrPrinter):
     """Index expressions as Triton code."""
 
+    printmethod = "_effc_size"
+
     def _print_FloorDiv(self, expr: sympy.Expr) -> str:
         return f"({self._print(expr.args[0])} // {self.parenthesize(expr.args[1], 1000)})"
 

@@ -1,0 +1,393 @@
+"""A compiled model: `program = effc.compile(model)`, then `program(input_ids)` or `program.generate(input_ids)`.
+
+The four graphs of a model are made one after the other, each only when it is first run:
+
+    model --trace--> forward --passes--> forward (fused) --materialize_kv--> prefill, extend, decode
+          --schedule--> kernels --build--> native code
+
+What was built lies in the cache under a key of everything that it depends on. A warm start reads it from there; it
+traces and compiles nothing and imports neither transformers nor sympy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .codegen.executable import Executable, Manifest, NativeExecutable
+from .compiler.errors import InputError, ModelError
+from .compiler.load import LoadedModel
+from .compiler.weights import Weight, evaluate
+from .runtime import decode, store
+
+if TYPE_CHECKING:
+    from .codegen.cpu import CpuTarget
+    from .codegen.schedule import Scheduled
+    from .compiler.graph import Graph
+    from .passes.pipeline import Report
+
+KINDS = ("forward", "prefill", "extend", "decode")
+"""The graphs of a program. forward has no cache; the others read and write one."""
+
+
+@dataclass(frozen=True)
+class ProgramConfig:
+    """What decoding needs to know of a model.
+
+    cache_layout: (state, (heads, head size), dtype) of each cache buffer. max_position: the context length, if the
+    model has one.
+    """
+
+    vocab_size: int
+    max_position: int | None
+    eos_token_ids: tuple[int, ...]
+    cache_layout: tuple[tuple[str, tuple[int, int], torch.dtype], ...]
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One graph as native code, with what fills its weights. Plain data: this is what the cache holds.
+
+    recipes: buffer -> recipe over the tensors of the model's file. library: file name in the cache's library folder.
+    """
+
+    manifest: Manifest
+    library: str
+    recipes: dict[str, Weight]
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a receipt tells of one graph: counts of kernels and launches, ops without kernels, and seconds."""
+
+    kernels: tuple[str, ...]
+    launches: int
+    fallbacks: tuple[str, ...]
+    passes: tuple[tuple[str, int, float], ...]
+    traced_calls: int
+    arena: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Stages:
+    """The compiler's stages for one model, each made once, on demand."""
+
+    def __init__(self, model: LoadedModel, skip: tuple[str, ...], dump: Path | None) -> None:
+        self.model, self.skip, self.dump = model, skip, dump
+        self.seconds: dict[str, float] = {}
+        self.reports: dict[str, Report] = {}
+        self._stateful: dict[tuple[str, bool], Graph] = {}
+        self._scheduled: dict[tuple[str, bool], Scheduled] = {}
+
+    @cached_property
+    def traced(self) -> Graph:
+        from .compiler.trace import trace
+
+        start = time.perf_counter()
+        graph = trace(self.model)
+        self.seconds["trace"] = time.perf_counter() - start
+        return graph
+
+    @cached_property
+    def fused(self) -> Graph:
+        from .passes import pipeline
+
+        start = time.perf_counter()
+        graph, self.reports["forward"] = pipeline.run(self.traced, skip=self.skip, dump=self.dump)
+        self.seconds["passes"] = time.perf_counter() - start
+        return graph
+
+    def graph(self, kind: str, padded: bool) -> Graph:
+        """The graph of `kind` that is scheduled; `padded` ones take an attention mask."""
+        from .passes.materialize_kv import drop_padding, materialize_kv
+
+        key = (kind, padded)
+        if key not in self._stateful:
+            start = time.perf_counter()
+            if kind != "forward":
+                base = self.graph("forward", padded)
+                self._stateful[key] = materialize_kv(base, kind)
+            else:
+                self._stateful[key] = self.fused if padded else drop_padding(self.fused)
+            self.seconds[f"materialize {kind}"] = time.perf_counter() - start
+        return self._stateful[key]
+
+    def scheduled(self, kind: str, padded: bool) -> Scheduled:
+        from .codegen.schedule import schedule
+        from .codegen.target import CPU
+
+        key = (kind, padded)
+        if key not in self._scheduled:
+            start = time.perf_counter()
+            self._scheduled[key] = schedule(self.graph(kind, padded), CPU)
+            self.seconds[f"schedule {kind}"] = time.perf_counter() - start
+        return self._scheduled[key]
+
+
+class Program:
+    """A causal language model, compiled. Made by `effc.compile`."""
+
+    def __init__(self, model: LoadedModel, *, skip: Iterable[str] = (), dump: Path | None = None) -> None:
+        self.model = model
+        self.skip = tuple(skip)
+        self.stages = Stages(model, self.skip, dump)
+        self.target = host_target()
+        self.cache = store.cache_dir()
+        self._executables: dict[tuple[str, bool], Executable] = {}
+        self._built: dict[tuple[str, bool], Built] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._bound: dict[tuple[str, bool], dict[str, Tensor]] = {}
+
+    # --- running -----------------------------------------------------------------------------------------------
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V] of input_ids [B, S]. attention_mask [B, S] as Hugging Face means it: 0 hides a key.
+
+        Raises InputError for ids out of the vocabulary or more of them than the model has positions for.
+        """
+        decode.check_prompt(input_ids, attention_mask, 0, self.config.vocab_size, self.config.max_position)
+        batch, length = input_ids.shape
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        inputs = {"input_ids": input_ids, "position_ids": torch.arange(length).expand(batch, length)}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(torch.int64)
+        return self.run("forward", inputs, {}, padded)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Continue input_ids [B, S]; returns ids [B, S + new]. Options as in `runtime.decode.generate`."""
+        return decode.generate(self, input_ids, attention_mask, **options)
+
+    def run(self, kind: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor], padded: bool) -> Tensor:
+        """Run one of the four graphs; states are updated in place. Returns logits."""
+        executable = self._executables.get((kind, padded)) or self._load(kind, padded)
+        tensors = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        return executable({**tensors, **states}, self._bound[kind, padded])[0]
+
+    # --- building ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config(self) -> ProgramConfig:
+        found = self._cached("config")
+        if found is None:
+            found = program_config(self.model, self.stages.graph("decode", False))
+            self._remember("config", found)
+        return found
+
+    @cached_property
+    def key(self) -> str | None:
+        """Everything that the native code depends on, hashed; None for a model in memory, which has no identity."""
+        if self.model.identity is None:
+            return None
+        parts = (self.model.identity, self.model.dtype, self.skip, self.target, torch.__version__, source_digest())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def built(self, kind: str, padded: bool = False) -> Built:
+        """One graph as native code: from the cache, or compiled now."""
+        key = (kind, padded)
+        if key not in self._built:
+            name = f"{kind}-padded" if padded else kind
+            found = self._cached(name)
+            if found is None or not (self._libraries / found.library).exists():
+                found = build(self.stages, kind, padded, self.target, self._libraries)
+                self._remember(name, found)
+            self._built[key] = found
+        return self._built[key]
+
+    def _load(self, kind: str, padded: bool) -> Executable:
+        built = self.built(kind, padded)
+        source = self.model.base
+        weights = {}
+        for buffer, recipe in built.recipes.items():
+            key = recipe.key()
+            if key not in self._weights:
+                self._weights[key] = evaluate(recipe, source).contiguous()
+            weights[buffer] = self._weights[key]
+        fallbacks = ()
+        if built.summary.fallbacks:
+            from .codegen.launcher import fallback_calls
+
+            fallbacks = fallback_calls(self.stages.scheduled(kind, padded))
+        executable = NativeExecutable(built.manifest, self._libraries / built.library, fallbacks)
+        self._executables[kind, padded] = executable
+        self._bound[kind, padded] = weights
+        return executable
+
+    @property
+    def _libraries(self) -> Path:
+        return self.cache / "libraries"
+
+    def _cached(self, name: str) -> Any:
+        if self.key is None:
+            return None
+        return read_record(self.cache / "programs" / self.key / f"{name}.pickle")
+
+    def _remember(self, name: str, value: Any) -> None:
+        if self.key is not None:
+            write_record(self.cache / "programs" / self.key / f"{name}.pickle", value)
+
+    # --- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def graphs(self) -> dict[str, Graph]:
+        """The four graphs after all passes, by kind; traces the model if a warm start has not."""
+        return {kind: self.stages.graph(kind, False) for kind in KINDS}
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Triton source of each distinct kernel of prefill and decode, by symbol."""
+        from .codegen.build import kernel_file
+
+        found = {}
+        for kind in ("prefill", "decode"):
+            scheduled = self.stages.scheduled(kind, False)
+            for kernel in scheduled.schedule.kernels:
+                found[kernel.symbol] = kernel_file(kernel)
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{self.model.name}: {len(KINDS)} graphs on {self.target.isa}, {self.config.vocab_size} tokens"]
+        lines.append(f"{'graph':10} {'calls traced':>12} {'kernels':>8} {'launches':>9} {'through ATen':>13}")
+        for kind in KINDS:
+            if (kind, False) not in self._built and self._cached(kind) is None:
+                lines.append(f"{kind:10} {'not built yet':>12}")
+                continue
+            summary = self.built(kind).summary
+            lines.append(
+                f"{kind:10} {summary.traced_calls:12} {len(summary.kernels):8} {summary.launches:9}"
+                f" {len(summary.fallbacks):13}"
+            )
+        passes = self.built("prefill").summary.passes
+        lines.append("passes     " + ", ".join(f"{name} {matches}" for name, matches, _ in passes))
+        return "\n".join(lines)
+
+
+def compile(
+    model: str | Path | nn.Module | LoadedModel,
+    dtype: torch.dtype | None = None,
+    *,
+    skip: Iterable[str] = (),
+    dump: str | Path | None = None,
+) -> Program:
+    """Compile a causal language model for inference.
+
+    model: a known name ("smollm2"), a GGUF file, a Hugging Face folder, a transformers model or `nn.Module` in memory
+    (its weights are read once, when a graph is first run), or what `effc.load` gave. dtype: of the weights, fp32 or
+    bf16. skip: names of passes to leave out. dump: a folder for the graphs before and after each pass.
+
+    Raises ModelError for a model that cannot be found, read or compiled.
+    """
+    if not isinstance(model, LoadedModel):
+        model = load(model, dtype)
+    elif dtype is not None and dtype != model.dtype:
+        raise InputError(f"the model is loaded as {model.dtype}, compile wants {dtype}: give dtype to effc.load")
+    return Program(model, skip=skip, dump=None if dump is None else Path(dump))
+
+
+def load(model: str | Path | nn.Module, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Open a model without reading its weights; a known name is fetched into the cache first."""
+    from .compiler.load import load as load_model
+
+    if isinstance(model, nn.Module):
+        return load_model(model, dtype)
+    return load_model(store.resolve(model), dtype, cache=store.cache_dir())
+
+
+def host_target() -> CpuTarget:
+    from .codegen.cpu.target import host_target
+
+    return host_target()
+
+
+def build(stages: Stages, kind: str, padded: bool, target: CpuTarget, libraries: Path) -> Built:
+    """Schedule one graph, print its kernels and compile them."""
+    from .codegen.build import build_native
+    from .codegen.launcher import manifest_of
+    from .codegen.memory import plan_memory
+
+    scheduled = stages.scheduled(kind, padded)
+    names = scheduled.scope.names
+    start = time.perf_counter()
+    plan = plan_memory(scheduled.schedule)
+    library = build_native(scheduled.schedule, plan, names, target, libraries)
+    stages.seconds[f"build {kind}"] = time.perf_counter() - start
+    resolve = getattr(stages.model.source, "resolve", lambda recipe: recipe)
+    steps = scheduled.schedule.steps
+    summary = Summary(
+        kernels=tuple(kernel.symbol for kernel in scheduled.schedule.kernels),
+        launches=sum(bool(step.launches) for step in steps),
+        fallbacks=tuple(f"{step.node.name}: {step.reason}" for step in scheduled.schedule.fallbacks),
+        passes=tuple((step.name, step.matches, step.seconds) for step in stages.reports["forward"].steps),
+        traced_calls=sum(node.op == "call_function" for node in stages.traced.nodes),
+        arena=str(plan.arena_bytes),
+        seconds=dict(stages.seconds),
+    )
+    recipes = {name: resolve(recipe) for name, recipe in scheduled.recipes.items()}
+    return Built(manifest_of(scheduled.schedule, names), library.name, recipes, summary)
+
+
+def program_config(model: LoadedModel, decode_graph: Graph) -> ProgramConfig:
+    from .compiler.graph import dtype_of, sizes
+
+    config = model.config
+    layout = []
+    for name in decode_graph.states:
+        node = decode_graph.placeholder(name)
+        _, heads, _, size = sizes(node)
+        layout.append((name, (int(heads), int(size)), dtype_of(node)))
+    eos = getattr(config, "eos_token_id", None)
+    (logits,) = decode_graph.outputs
+    return ProgramConfig(
+        vocab_size=int(sizes(logits)[-1]),
+        max_position=getattr(config, "max_position_embeddings", None),
+        eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
+        cache_layout=tuple(layout),
+        inputs=tuple(decode_graph.inputs),
+    )
+
+
+# --- records in the cache ----------------------------------------------------------------------------------------
+
+
+def source_digest() -> str:
+    """A hash of effc's own source: a changed compiler finds no old program."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for folder in (root, *(root / name for name in ("compiler", "passes", "codegen", "codegen/cpu", "runtime"))):
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".py", ".h"):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_record(path: Path, value: Any) -> None:
+    """Write a value with its hash in front."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = pickle.dumps(value)
+    store.write_atomically(path, hashlib.sha256(content).digest() + content)
+
+
+def read_record(path: Path) -> Any:
+    """The value, or None if there is none or its hash does not fit (it is made again then)."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        print(f"effc: {path} is damaged and will be made again", file=sys.stderr)
+        return None
+    return pickle.loads(content[32:])
+
+
+__all__ = ["KINDS", "ModelError", "Program", "ProgramConfig", "compile", "load"]
