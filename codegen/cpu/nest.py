@@ -58,6 +58,7 @@ class Nest:
         self.levels: list[list[str]] = [[] for _ in range(self.depth + 1)]
         self.cells: dict[tuple, Cell] = {}
         self.body: Body | None = None
+        self.reverse: int | None = None  # a dimension whose loop counts down the indices
         self.facts: dict[tuple[Value, tuple[int | None, ...]], int] = {}  # masks known to hold, and the level where
 
     # -- names and statements
@@ -107,7 +108,8 @@ class Nest:
         if dim == self.vector_dim:
             text = (self.body.chunk if self.body else "") or self.index_name[dim]
             return Index(text, level, True, (int(text) & -int(text)) or LARGE if text.isdigit() else self.width, dim)
-        return Index(self.index_name[dim], level, False, 1, dim)
+        name = self.index_name[dim]
+        return Index(f"({self.shape[dim] - 1} - {name})" if dim == self.reverse else name, level, False, 1, dim)
 
     def indices(self) -> tuple[Index, ...]:
         return tuple(self.index(d) for d in range(len(self.shape)))

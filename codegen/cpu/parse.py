@@ -181,6 +181,8 @@ class Parser:
         block, _ = self.parse_block()
         self.scopes.pop()
         block.args = args
+        if not carried:
+            block.ops.append(Op("scf.yield"))  # not printed where it yields nothing
         op.blocks = [block]
         op.attrs["types"] = [init.type for init in inits]
 

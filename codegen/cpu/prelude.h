@@ -186,6 +186,31 @@ template <typename T, typename... S> static inline Span span(const T *p, int64_t
 }
 static inline bool overlap(Span a, Span b) { return a.low < b.high && b.low < a.high; }
 
+// Atomics return the old value. Programs of a grid run on several threads.
+template <typename T, typename F> static inline T atomic_update(T *p, F change) {
+  T old;
+  __atomic_load(p, &old, __ATOMIC_RELAXED);
+  for (;;) {
+    T next = change(old);
+    if (__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return old;
+  }
+}
+#define ATOMIC(NAME, EXPRESSION)                                                \
+  template <typename T> static inline T atomic_##NAME(T *p, T b) {              \
+    return atomic_update(p, [=](T a) { return (T)(EXPRESSION); });              \
+  }
+ATOMIC(fadd, a + b) ATOMIC(add, a + b) ATOMIC(max, a > b ? a : b) ATOMIC(min, a < b ? a : b) ATOMIC(exch, b)
+ATOMIC(umax, (uint64_t)a > (uint64_t)b ? a : b) ATOMIC(umin, (uint64_t)a < (uint64_t)b ? a : b)
+#undef ATOMIC
+#define ATOMIC_BITS(NAME, OPERATOR) \
+  template <typename T> static inline T atomic_##NAME(T *p, T b) { return __atomic_fetch_##NAME(p, b, __ATOMIC_ACQ_REL); }
+ATOMIC_BITS(and, &) ATOMIC_BITS(or, |) ATOMIC_BITS(xor, ^)
+#undef ATOMIC_BITS
+template <typename T> static inline T compare_exchange(T *p, T expected, T value) {
+  __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  return expected;
+}
+
 }  // namespace tt
 using namespace tt;
 #endif

@@ -145,18 +145,26 @@ class RootPrinter(ReducePrinter):
         for target, value in zip(targets, values, strict=True):
             if target.type.is_tensor and self.kernel.storage.get(value) is not self.kernel.storage[target]:
                 pending.append((self.kernel.storage[target], value))
+        replaced: dict[Value, Stored | None] = {}
+
+        def set_aside(value: Value) -> None:
+            replaced.setdefault(value, self.kernel.storage.get(value))
+            self.copy_out(value)
+
         while pending:
             for k, (stored, value) in enumerate(pending):
                 others = [other for j, (_, other) in enumerate(pending) if j != k]
                 if not any(self.reads_array(other, stored.array) for other in others):
+                    if self.reads_array(value, stored.array, moved=True):
+                        set_aside(value)
+                    self.assign(stored, value)
+                    pending.pop(k)
                     break
             else:  # a cycle: one value goes through an array of its own
-                k, (stored, value) = 0, pending[0]
-                self.copy_out(value)
-            if self.reads_array(value, stored.array, moved=True):
-                self.copy_out(value)
-            self.assign(stored, value)
-            pending.pop(k)
+                set_aside(next(value for _, value in pending if value not in replaced))
+        for value, stored in replaced.items():
+            if stored is not None:
+                self.kernel.storage[value] = stored
         scalars = [(t, v) for t, v in zip(targets, values, strict=True) if not t.type.is_tensor and t is not v]
         moving = {t.name for t, _ in scalars}
         texts = []
