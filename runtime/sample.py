@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .sampling_params import SamplingParams
 
-SHORTLIST = 1024
-"""Candidates that top-p looks at first: selecting 1,024 of 49,152 takes 0.2 ms on two cores, sorting all takes 3 ms."""
+SHORTLISTS = (64, 1024)
+"""How many candidates top-p looks at before all: of 49,152, selecting 64 takes 0.05 ms, 1,024 0.2 ms, sorting 3 ms."""
 
 NEVER = float("-inf")
 
@@ -97,7 +97,7 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
     """Cut every score [B, V] whose more probable tokens already hold a mass of p; the most probable always stays."""
     vocabulary = scores.shape[-1]
     log_total = scores.logsumexp(-1, keepdim=True)
-    for size in (SHORTLIST, vocabulary):
+    for size in (*SHORTLISTS, vocabulary):
         values, tokens = scores.topk(min(size, vocabulary))
         probabilities = (values - log_total).exp()
         before = probabilities.cumsum(-1) - probabilities
