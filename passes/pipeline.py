@@ -19,6 +19,12 @@ from ..compiler.show import count_ops, differences, show, show_differences
 from ..compiler.verify import VerificationError
 from ..compiler.verify import verify as verify_graph
 from .cleanup import cleanup
+from .fuse_activation import fuse_activation
+from .fuse_attention import fuse_attention
+from .fuse_linear import fuse_linear
+from .fuse_mlp import fuse_mlp
+from .fuse_norm import fuse_norm
+from .fuse_rope import fuse_rope
 from .normalize import normalize
 
 Pass = Callable[[Graph], PassResult | Graph]
@@ -26,6 +32,12 @@ Pass = Callable[[Graph], PassResult | Graph]
 
 PASSES: tuple[Pass, ...] = (
     normalize,
+    fuse_norm,
+    fuse_rope,
+    fuse_attention,
+    fuse_activation,
+    fuse_linear,
+    fuse_mlp,
     cleanup,
 )
 
