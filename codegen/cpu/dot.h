@@ -263,7 +263,10 @@ static __attribute__((noinline)) void accumulate(const A *a, int64_t a_row, int6
   if (cols <= 0) return;
 
   bool along_k = b_row == 1 && rows <= 4;
-  bool in_place = b_col == 1 && cols == BN;  // converting 16-bit b at each use costs less than a panel
+  // Rows of b 4096 bytes apart compete for the same sets of the L1 cache: many rows of a are worth a panel then. Its
+  // type alone is not: converting 16-bit b at each use measured faster.
+  bool same_sets = b_row != BN && b_row * int64_t(sizeof(B)) % 4096 == 0 && rows > 2 * block;
+  bool in_place = b_col == 1 && cols == BN && !same_sets;
   if (!along_k && !in_place) pack<T, lanes>(b, b_row, b_col, depth, cols, b_panel, BN);
 
   for (int64_t i = 0; i < rows; i += block) {
