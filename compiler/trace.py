@@ -147,7 +147,7 @@ def _export(module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
         batch, length = (Dim(name, **{"min": 1, **bounds.get(name, {})}) for name in ("B", "S"))
         sizes = ({0: batch, 1: length},) * len(inputs)
         program = torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=(sizes,), strict=False)
-        return program.run_decompositions({})
+        return program if _is_functional(program.graph) else program.run_decompositions({})
 
     try:
         try:
@@ -159,6 +159,16 @@ def _export(module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
             return export(**bounds)
     except Exception as error:
         raise ModelError(_refusal(module, error)) from error
+
+
+def _is_functional(nodes: fx.Graph) -> bool:
+    """Whether nothing is updated in place. Making it so costs three times the export, and few models need it."""
+    for node in nodes.nodes:
+        if node.target == torch.ops.aten.detach_.default:
+            node.target = torch.ops.aten.detach.default
+        if node.op == "get_attr" or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+            return False
+    return True
 
 
 def _suggested_bounds(message: str) -> dict[str, dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def verify(graph: Graph) -> None:
 
     Checked: fx's own lint; only placeholders, calls and one output; placeholders with roles that fit them; effc ops
     that `ops.LEGAL` allows in the dialect, no other op that mutates anything but an input; shape and dtype of every
-    node as its op's shape rule gives them for its arguments.
+    node as its op's shape rule gives them for its arguments. A node whose op, arguments and value are those of its
+    last verification is not derived again, so verifying after every pass costs what the pass changed.
     """
     if graph.dialect not in DIALECTS:
         raise VerificationError(f"graph {graph.name}: expected a dialect of {DIALECTS}, found {graph.dialect!r}")
@@ -79,7 +81,8 @@ def op_mutates(node: fx.Node) -> bool:
 
 def check_value(graph: Graph, node: fx.Node) -> None:
     recorded = node.meta.get("val")
-    if has_unbacked_sizes(recorded):
+    facts = [node.target, recorded, *values_of((node.args, node.kwargs))]
+    if has_unbacked_sizes(recorded) or same_facts(facts, node.meta.get(CHECKED, ())):
         return
     try:
         derived = infer(graph, node.target, node.args, node.kwargs)
@@ -90,6 +93,35 @@ def check_value(graph: Graph, node: fx.Node) -> None:
         raise broken(graph, node, f"{describe(derived)} in meta['val']", "nothing")
     if not agree(recorded, derived):
         raise broken(graph, node, f"{describe(derived)} by its shape rule", describe(recorded))
+    node.meta[CHECKED] = facts
+
+
+CHECKED = "verified"
+"""Key of a node's meta: what was true of it when its value was last derived."""
+
+
+def values_of(argument: Any) -> Iterator[Any]:
+    """What a shape rule sees of arguments: the values of nodes, and everything else as it is, one after another."""
+    if isinstance(argument, fx.Node):
+        yield argument.meta.get("val")
+    elif isinstance(argument, (list, tuple)):
+        yield len(argument)
+        for item in argument:
+            yield from values_of(item)
+    elif isinstance(argument, dict):
+        for key, item in argument.items():
+            yield key
+            yield from values_of(item)
+    else:
+        yield argument
+
+
+def same_facts(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether all are the same objects, or equal plain values of one type."""
+    plain = (int, float, bool, str)
+    return len(left) == len(right) and all(
+        a is b or (type(a) is type(b) and isinstance(a, plain) and a == b) for a, b in zip(left, right)
+    )
 
 
 def agree(recorded: Any, derived: Any) -> bool:

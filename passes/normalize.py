@@ -329,7 +329,7 @@ def normalize(graph: Graph) -> PassResult:
     """Bring every call into the form that the module's docstring lists."""
     changes = erase_assertions(graph) + use_input_sizes(graph) + tidy_arguments(graph)
     result = rewrite(graph, RULES)
-    changes += merge_equal_weights(graph) + merge_equal_calls(graph) + erase_dead_code(graph)
+    changes += use_input_sizes(graph) + merge_equal_weights(graph) + merge_equal_calls(graph) + erase_dead_code(graph)
     result.matches += changes
     return result
 
