@@ -20,6 +20,7 @@ from torch import fx
 
 from ..compiler.fold import base_weights, recipe_of, transposed, weight_of
 from ..compiler.graph import Graph, dtype_of, is_tensor, sizes
+from ..compiler.ops import OPS
 from ..compiler.pattern import any_, arguments, op, tensor
 from ..compiler.rewrite import (
     Match,
@@ -35,7 +36,7 @@ from ..compiler.rewrite import (
 from ..compiler.weights import Concat, Constant, Weight
 
 aten = torch.ops.aten
-linear = torch.ops.effc.linear.default
+linear = OPS["linear"].target
 
 X, W, BIAS = tensor("x"), tensor("weight"), any_("bias")
 LINEAR = op(aten.linear.default, X, W, BIAS)

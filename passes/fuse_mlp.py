@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, sizes
+from ..compiler.ops import OPS
 from ..compiler.pattern import any_, op, part, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, rewrite
 from .fuse_linear import concatenated, zeros
 
 aten = torch.ops.aten
-linear = torch.ops.effc.linear.default
-gated_linear = torch.ops.effc.gated_linear.default
+linear = OPS["linear"].target
+gated_linear = OPS["gated_linear"].target
 
 X = tensor("x")
 GATE = op(linear, X, tensor("gate_weight"), any_("gate_bias"), None, any_("activation")).named("gate")

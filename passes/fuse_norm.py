@@ -13,11 +13,12 @@ from torch import fx
 
 from ..compiler.fold import weight_of
 from ..compiler.graph import Graph, dtype_of
+from ..compiler.ops import OPS
 from ..compiler.pattern import any_, cast, const, maybe_cast, op, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, rewrite
 
 aten = torch.ops.aten
-rms_norm = torch.ops.effc.rms_norm.default
+rms_norm = OPS["rms_norm"].target
 
 X = tensor("x")
 WIDE = maybe_cast(X).named("wide")

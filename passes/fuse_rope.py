@@ -16,11 +16,13 @@ import torch
 from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, sizes
+from ..compiler.ops import OPS
 from ..compiler.pattern import any_, cast, op, part, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, insert, rewrite
+from .normalize import PERMUTE, to_one_permute
 
 aten = torch.ops.aten
-rope = torch.ops.effc.rope.default
+rope = OPS["rope"].target
 
 X, COS, SIN = tensor("x"), tensor("cos"), tensor("sin")
 AXIS, INTERLEAVED = any_("axis"), any_("interleaved")
@@ -39,6 +41,13 @@ BY_HALVES = op(
     AXIS,
 )
 PARTIAL = op(aten.cat.default, [op(rope, part(X, "head"), COS, SIN, INTERLEAVED), part(X, "rest")], AXIS)
+SWAP = [0, 2, 1, 3]
+TURNED_BEHIND = op(
+    aten.permute.default,
+    op(rope, op(aten.permute.default, part(X, "head"), SWAP), COS, SIN, INTERLEAVED),
+    SWAP,
+)
+PARTIAL_BEHIND = op(aten.cat.default, [TURNED_BEHIND, part(X, "rest")], AXIS)
 NO_REST = op(aten.cat.default, [op(rope, X, COS, SIN, INTERLEAVED).named("rotated"), part(X, "rest")], AXIS)
 IN_FP32 = cast(op(rope, cast(X).named("wide"), COS, SIN, INTERLEAVED))
 
@@ -123,9 +132,8 @@ def rotated(match: Match, interleaved: bool, repeat: bool = False) -> fx.Node:
         tables = [twice(match.graph, table) for table in tables]
     if axis == 1:
         return match.call(rope, x, *tables, interleaved)
-    swap = [0, 2, 1, 3]
-    turned = match.call(rope, match.call(aten.permute.default, x, swap), *tables, interleaved)
-    return match.call(aten.permute.default, turned, swap)
+    turned = match.call(rope, match.call(aten.permute.default, x, SWAP), *tables, interleaved)
+    return match.call(aten.permute.default, turned, SWAP)
 
 
 def to_rope(match: Match) -> fx.Node | None:
@@ -152,11 +160,27 @@ def to_rope_by_halves(match: Match) -> fx.Node | None:
     return rotated(match, False, repeat=True)
 
 
-def to_partial_rope(match: Match) -> fx.Node | None:
+def out_of_order(match: Match) -> str | None:
+    """Why the rotated head and the rest are not the whole last axis in order; None if they are."""
     head, rest = match["head"], match["rest"]
-    if match["axis"] % 4 != 3 or head[:3] != (0, rest.start, 1) or rest[1:3] != (rest.size, 1):
-        return match.decline(f"the rotated {tuple(head)} and the rest {tuple(rest)} are not the axis in order")
+    if match["axis"] % 4 == 3 and head[:3] == (0, rest.start, 1) and rest[1:3] == (rest.size, 1):
+        return None
+    return f"the rotated {tuple(head)} and the rest {tuple(rest)} are not the axis in order"
+
+
+def to_partial_rope(match: Match) -> fx.Node | None:
+    if reason := out_of_order(match):
+        return match.decline(reason)
     return match.call(rope, match["x"], match["cos"], match["sin"], match["interleaved"])
+
+
+def to_partial_rope_behind(match: Match) -> fx.Node | None:
+    """The same with the heads behind the positions: x [B, S, H, D]."""
+    if reason := out_of_order(match):
+        return match.decline(reason)
+    x = match.call(aten.permute.default, match["x"], SWAP)
+    turned = match.call(rope, x, match["cos"], match["sin"], match["interleaved"])
+    return match.call(aten.permute.default, turned, SWAP)
 
 
 def to_rope_alone(match: Match) -> fx.Node | None:
@@ -186,6 +210,8 @@ RULES = (
     Rule("rope", WHOLE | cast(WHOLE), to_rope),
     Rule("rope by halves", BY_HALVES | cast(BY_HALVES), to_rope_by_halves),
     Rule("partial rope", PARTIAL, to_partial_rope),
+    Rule("partial rope, heads behind", PARTIAL_BEHIND, to_partial_rope_behind),
+    Rule("permute", PERMUTE, to_one_permute),
     Rule("rope without rest", NO_REST, to_rope_alone),
     Rule("rope in fp32", IN_FP32, to_rope_of_narrow),
 )

@@ -108,6 +108,16 @@ def test_heads_behind_positions():
     check(later, 1, gone=(aten.mul.Tensor, aten.cat.default))
 
 
+def test_the_first_part_of_heads_behind_positions():
+    def later(x, angle):
+        cos, sin = angle.cos().unsqueeze(2), angle.sin().unsqueeze(2)
+        head, rest = x[..., :4], x[..., 4:]
+        return torch.cat((head * cos + turn_pairs(head) * sin, rest), dim=-1).permute(0, 2, 1, 3)
+
+    graph = check(later, 3, rotated=4, present={rope: 1}, gone=(aten.cat.default, aten.slice.Tensor))
+    assert graph.count(aten.permute.default) == 1
+
+
 def test_tables_without_batch():
     def two_dimensional(x, angle):
         cos, sin = angle[0].cos(), angle[0].sin()
