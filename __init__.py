@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import passes
     from .compiler.errors import CacheError, EffcError, InputError, ModelError, ToolchainError
     from .compiler.trace import trace
+    from .explain import dump, explain
     from .llm import LLM, Completion
     from .program import Program, compile, load
 
@@ -32,6 +33,8 @@ HOMES = {
     "Program": "program",
     "ToolchainError": "compiler.errors",
     "compile": "program",
+    "dump": "explain",
+    "explain": "explain",
     "load": "program",
     "trace": "compiler.trace",
 }
@@ -47,6 +50,8 @@ __all__ = [
     "Program",
     "ToolchainError",
     "compile",
+    "dump",
+    "explain",
     "load",
     "passes",
     "trace",

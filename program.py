@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .codegen.cpu import CpuTarget
     from .codegen.schedule import Scheduled
     from .compiler.graph import Graph
+    from .explain import Explanation
     from .passes.pipeline import Report
 
 KINDS = ("forward", "prefill", "extend", "decode")
@@ -255,6 +256,12 @@ class Program:
             for kernel in scheduled.schedule.kernels:
                 found[kernel.symbol] = kernel_file(kernel)
         return found
+
+    def explain(self) -> Explanation:
+        """What the passes matched and missed, the kernels of prefill and decode, and what runs through ATen."""
+        from .explain import explain_program
+
+        return explain_program(self)
 
     def __str__(self) -> str:
         lines = [f"{self.model.name}: {len(KINDS)} graphs on {self.target.isa}, {self.config.vocab_size} tokens"]

@@ -1,0 +1,210 @@
+"""What the compiler did: `program.explain()`, `effc.explain()` for torch.compile, and `effc.dump(model, folder)`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .compiler.rewrite import Miss
+from .runtime.store import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from .codegen.schedule import Scheduled
+    from .passes.pipeline import Report
+    from .program import Program
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """One distinct kernel and the steps of a graph that may launch it."""
+
+    name: str
+    launches: int
+    stands_for: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MissingKernel:
+    """An op that runs through ATen."""
+
+    node: str
+    op: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class GraphExplanation:
+    """One graph: what passes matched and nearly matched, its kernels, and what has none."""
+
+    name: str
+    passes: tuple[tuple[str, int, float], ...]
+    misses: tuple[Miss, ...]
+    kernels: tuple[KernelUse, ...]
+    launches: int
+    segments: int
+    missing: tuple[MissingKernel, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"graph {self.name}: {self.launches} launches of {len(self.kernels)} kernels in {self.segments} segments"
+        ]
+        matched = ", ".join(f"{name} {matches}" for name, matches, _ in self.passes)
+        lines.append(f"  passes: {matched}")
+        for kernel in self.kernels:
+            lines.append(f"  {kernel.launches:4} x {kernel.name:40} {shortened(kernel.stands_for)}")
+        for missing in self.missing:
+            lines.append(f"  through ATen: {missing.node} = {missing.op}: {missing.reason}  {missing.source}".rstrip())
+        lines += [f"  near miss: {miss}" for miss in self.misses]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass
+class Explanation:
+    """What the compiler did with a model; prints as text."""
+
+    title: str
+    graphs: list[GraphExplanation] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n\n".join([self.title, *map(str, self.graphs)])
+
+
+def shortened(names: Iterable[str], limit: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def explain_graph(scheduled: Scheduled, report: Report | None, notes: Iterable[str] = ()) -> GraphExplanation:
+    """The account of one scheduled graph. report: of the passes that made it."""
+    schedule = scheduled.schedule
+    launches: Counter[str] = Counter()
+    nodes: dict[str, list[str]] = {}
+    for step in schedule.steps:
+        for launch in step.launches:
+            launches[launch.kernel.symbol] += 1
+            nodes.setdefault(launch.kernel.symbol, []).extend(launch.nodes)
+    missing = tuple(
+        MissingKernel(step.node.name, str(step.node.target), step.reason, source_line(step.node.meta))
+        for step in schedule.fallbacks
+    )
+    return GraphExplanation(
+        name=schedule.name,
+        passes=tuple((step.name, step.matches, step.seconds) for step in report.steps) if report else (),
+        misses=tuple(report.misses) if report else (),
+        kernels=tuple(KernelUse(name, count, tuple(nodes[name])) for name, count in launches.items()),
+        launches=sum(bool(step.launches) for step in schedule.steps),
+        segments=len(schedule.fallbacks) + 1,
+        missing=missing,
+        notes=tuple(notes),
+    )
+
+
+def source_line(meta: dict[str, Any]) -> str:
+    """Where in the model's code a node comes from, as `file:line: code`, if the trace says."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', meta.get("stack_trace") or "")
+    return "{}:{}: {}".format(Path(frames[-1][0]).name, *frames[-1][1:]) if frames else ""
+
+
+def explain_program(program: Program, kinds: Iterable[str] = ("prefill", "decode")) -> Explanation:
+    """The account of a program's graphs."""
+    result = Explanation(f"{program.model.name} on {program.target.isa}")
+    for kind in kinds:
+        scheduled = program.stages.scheduled(kind, False)
+        graph = program.stages.graph(kind, False)
+        report = program.stages.reports["forward"]
+        result.graphs.append(explain_graph(scheduled, report, graph.notes))
+    return result
+
+
+def explain(target: Any = None) -> Explanation:
+    """What the compiler did.
+
+    target: a Program, a model that `effc.compile` takes, or None for every graph that `torch.compile(...,
+    backend="effc")` compiled in this process.
+    """
+    from .program import Program, compile
+
+    if target is None:
+        from .backend import COMPILED
+
+        return Explanation("graphs compiled through torch.compile", [graph.explanation for graph in COMPILED])
+    program = target if isinstance(target, Program) else compile(target)
+    return explain_program(program)
+
+
+# --- dumps -------------------------------------------------------------------------------------------------------
+
+
+def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write everything between a model and its native code into a folder; returns the index.
+
+    graphs/ holds each graph before and after each pass, kernels/ the Triton source, Triton IR and C++ of each kernel,
+    and <graph>.txt the launches in order and the memory plan.
+    """
+    from .program import KINDS, compile
+
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    program = compile(model, dtype, dump=output / "graphs")
+    lines = [str(program.stages.fused and program.stages.reports["forward"])]
+    for kind in KINDS:
+        scheduled = program.stages.scheduled(kind, False)
+        write_atomically(output / f"{kind}.txt", describe_schedule(scheduled))
+        dump_kernels(scheduled, output / "kernels", program.target)
+        lines.append(str(explain_graph(scheduled, None)))
+    index = output / "index.txt"
+    write_atomically(index, "\n".join(lines) + "\n")
+    return index
+
+
+def dump_kernels(scheduled: Scheduled, folder: Path, target: Any) -> None:
+    from .codegen.build import cpp_kernel, kernel_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for kernel in scheduled.schedule.kernels:
+        launches = [launch for step in scheduled.schedule.steps for launch in step.launches if launch.kernel == kernel]
+        nodes = [name for launch in launches for name in launch.nodes]
+        write_atomically(folder / f"{kernel.symbol}.py", kernel_file(kernel, nodes))
+        lowered = cpp_kernel(kernel, target)
+        write_atomically(folder / f"{kernel.symbol}.ttir", lowered.ttir)
+        write_atomically(folder / f"{kernel.symbol}.cpp", lowered.cpp)
+
+
+def describe_schedule(scheduled: Scheduled) -> str:
+    """The launches of a graph in order, then its memory plan."""
+    from .codegen.kernel import Choice, Fallback
+    from .codegen.memory import plan_memory
+
+    schedule = scheduled.schedule
+    lines = [f"graph {schedule.name}", "", "step  what"]
+    for position, step in enumerate(schedule.steps):
+        if isinstance(step, Fallback):
+            what = f"{step.node.target} through ATen: {step.reason}"
+        elif isinstance(step, Choice):
+            cases = [
+                f"{condition}: " + ", ".join(one.kernel.symbol for one in found) for condition, found in step.cases
+            ]
+            what = "one of " + "; ".join(cases) + f"  ({', '.join(step.launches[0].nodes)})"
+        else:
+            what = f"{step.kernel.symbol} on {tuple(step.grid)}  ({', '.join(step.nodes)})"
+        lines.append(f"{position:4}  {what}")
+    plan = plan_memory(schedule)
+    lines += ["", f"memory plan: {len(plan.slots)} slots, {plan.arena_bytes} bytes instead of {plan.unplanned_bytes}"]
+    for position, slot in enumerate(plan.slots):
+        lines.append(f"slot {position}: {slot.size} bytes")
+        for buffer in slot.buffers:
+            first, last = plan.lives[buffer.name]
+            lines.append(f"    {buffer.name:30} steps {first} to {last}")
+    return "\n".join(lines) + "\n"
