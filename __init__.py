@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from . import passes
     from .compiler.errors import CacheError, EffcError, InputError, ModelError, ToolchainError
     from .compiler.trace import trace
-    from .explain import dump, explain
     from .llm import LLM, Completion
     from .program import Program, compile, load
+    from .report import dump, explain
 
 __version__ = "0.1.0"
 
@@ -33,8 +33,8 @@ HOMES = {
     "Program": "program",
     "ToolchainError": "compiler.errors",
     "compile": "program",
-    "dump": "explain",
-    "explain": "explain",
+    "dump": "report",
+    "explain": "report",
     "load": "program",
     "trace": "compiler.trace",
 }

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from .codegen.cpu import CpuTarget
     from .codegen.schedule import Scheduled
     from .compiler.graph import Graph
-    from .explain import Explanation
     from .passes.pipeline import Report
+    from .report import Explanation
 
 KINDS = ("forward", "prefill", "extend", "decode")
 """The graphs of a program. forward has no cache; the others read and write one."""
@@ -259,7 +259,7 @@ class Program:
 
     def explain(self) -> Explanation:
         """What the passes matched and missed, the kernels of prefill and decode, and what runs through ATen."""
-        from .explain import explain_program
+        from .report import explain_program
 
         return explain_program(self)
 
