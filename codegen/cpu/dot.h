@@ -155,20 +155,20 @@ static __attribute__((noinline)) void pack(const S *from, int64_t row_stride, in
   int64_t whole_rows = row_stride == 1 ? rows / Lanes * Lanes : 0;
   for (int64_t j = 0; j < width; j += Lanes)
     for (int64_t i = 0; i < whole_rows; i += Lanes) {
-        Vec<T, Lanes> block[Lanes];
-        const S *column = from + i + j * col_stride;
-        if (j + Lanes <= cols) {
+      Vec<T, Lanes> block[Lanes];
+      const S *column = from + i + j * col_stride;
+      if (j + Lanes <= cols) {
 #pragma GCC unroll 16
-          for (int l = 0; l < Lanes; ++l) block[l] = load_as<T, Lanes>(column + l * col_stride);
-        } else {
+        for (int l = 0; l < Lanes; ++l) block[l] = load_as<T, Lanes>(column + l * col_stride);
+      } else {
 #pragma GCC unroll 16
-          for (int l = 0; l < Lanes; ++l)
-            block[l] = j + l < cols ? load_as<T, Lanes>(column + l * col_stride) : Vec<T, Lanes>{};
-        }
-        transpose<Lanes>(block);
-#pragma GCC unroll 16
-        for (int l = 0; l < Lanes; ++l) store<T, Lanes>(panel + (i + l) * width + j, block[l]);
+        for (int l = 0; l < Lanes; ++l)
+          block[l] = j + l < cols ? load_as<T, Lanes>(column + l * col_stride) : Vec<T, Lanes>{};
       }
+      transpose<Lanes>(block);
+#pragma GCC unroll 16
+      for (int l = 0; l < Lanes; ++l) store<T, Lanes>(panel + (i + l) * width + j, block[l]);
+    }
   for (int64_t i = whole_rows; i < rows; ++i)
     for (int64_t j = 0; j < width; ++j)
       panel[i * width + j] = j < cols ? element_as<T>(from + i * row_stride + j * col_stride) : T(0);
