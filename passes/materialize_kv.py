@@ -1,0 +1,218 @@
+"""Give a causal model a KV cache: the graphs prefill, extend and decode from the graph forward.
+
+    attention(q, k, v, scale, causal=True, key_mask=attention_mask)
+
+        -->  cached_attention(q, kv_write(k_cache_i, k, past), kv_write(v_cache_i, v, past), past, scale, key_mask)
+
+New inputs: past [B] int64, the tokens that each row has in the cache; and key_mask [B, T] bool where the graph has
+padding. New states: k_cache_i and v_cache_i [B, G, T, D], whose capacity T is symbolic. `extend` gives logits at every
+new token [B, S, V]; `prefill` at the last one only [B, 1, V]; `decode` is `extend` with S = 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..compiler import ops  # noqa: F401  (registers the vocabulary)
+from ..compiler.errors import InputError
+from ..compiler.graph import Graph, dtype_of, size_expr, sizes
+from ..compiler.pattern import arguments
+from ..compiler.rewrite import fake_mode, insert, replace
+from .cleanup import cleanup
+from .fuse_attention import fuse_attention
+from .per_token import TokenAxis, check_per_token, refused
+from .specialize import rederive, specialize
+
+aten = torch.ops.aten
+effc = torch.ops.effc
+
+KINDS = ("prefill", "extend", "decode")
+TOKENS, PADDING = "input_ids", "attention_mask"
+CAPACITY_EXAMPLE = 4099
+"""A capacity to reason with where a shape rule wants an example; any other works."""
+
+
+def materialize_kv(graph: Graph, kind: str) -> Graph:
+    """The graph `kind` ("prefill", "extend" or "decode") of a causal model's fused graph, which stays as it is.
+
+    Raises InputError for another kind, ModelError where tokens depend on each other outside of causal attention: it
+    names the node, its op, its line in the model and the reason.
+    """
+    if kind not in KINDS:
+        raise InputError(f"expected a graph of {', '.join(KINDS)}, found {kind!r}")
+    graph = graph.copy(name=kind, dialect="stateful")
+    length = token_count(graph)
+    check_per_token(graph, length)
+    add_cache(graph)
+    if kind == "prefill":
+        keep_last_token(graph, length)
+    if kind == "decode":
+        specialize(graph, {length: 1})
+    cleanup(graph)
+    return graph
+
+
+def drop_padding(graph: Graph) -> Graph:
+    """The graph for calls without padding: `attention_mask` is all ones, and no input any more.
+
+    attention(q, k, v, scale, causal, key_mask=attention_mask)  -->  attention(q, k, v, scale, causal)
+    """
+    graph = graph.copy()
+    if PADDING not in graph.inputs:
+        return graph
+    mask = graph.placeholder(PADDING)
+    for node in list(mask.users):
+        if node.target == effc.attention.default and arguments(node)["key_mask"] is mask:
+            named = arguments(node) | {"key_mask": None}
+            replace(graph, node, insert(graph, node, node.target, *named.values(), origins=[node]))
+    if mask.users:
+        replace_by_ones(graph, mask)
+        fuse_attention(graph)
+    graph.fx.erase_node(mask)
+    cleanup(graph)
+    return graph
+
+
+def replace_by_ones(graph: Graph, mask: fx.Node) -> None:
+    tokens = graph.placeholder(TOKENS)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    shape = [insert(graph, first, aten.sym_size.int, tokens, dim) for dim in range(len(sizes(mask)))]
+    value = mask.meta["val"]
+    ones = insert(graph, first, aten.ones.default, shape, dtype=value.dtype, device=value.device)
+    mask.replace_all_uses_with(ones)
+
+
+def token_count(graph: Graph) -> sympy.Symbol:
+    """The symbol S of input_ids [B, S]."""
+    if TOKENS not in graph.inputs:
+        raise InputError(f"expected a graph with an input {TOKENS} [B, S], found inputs {', '.join(graph.inputs)}")
+    shape = sizes(graph.placeholder(TOKENS))
+    if len(shape) != 2 or not isinstance(shape[1], sympy.Symbol):
+        raise InputError(f"expected {TOKENS} [B, S] with a symbolic S, found {list(shape)}")
+    return shape[1]
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def add_cache(graph: Graph) -> None:
+    """Let every attention write its keys and values to a cache, and read all that is in it."""
+    attentions = [node for node in graph.nodes if node.target == effc.attention.default]
+    batch, capacity = graph.placeholder(TOKENS).meta["val"].shape[0], new_size(graph)
+    past = add_placeholder(graph, "past", (batch,), torch.int64)
+    key_mask = add_key_mask(graph, attentions, batch, capacity)
+    written: dict[fx.Node, fx.Node] = {}
+    layers = 0
+    for node in attentions:
+        named = arguments(node)
+        fresh = [letter for letter in "kv" if named[letter] not in written]
+        for letter in fresh:
+            new = named[letter]
+            _, heads, _, size = new.meta["val"].shape
+            cache = add_placeholder(graph, f"{letter}_cache_{layers}", (batch, heads, capacity, size), dtype_of(new))
+            graph.states += (cache.name,)
+            written[new] = insert(graph, node, effc.kv_write.default, cache, new, past)
+        layers += bool(fresh)
+        cached = insert(
+            graph,
+            node,
+            effc.cached_attention.default,
+            named["q"],
+            written[named["k"]],
+            written[named["v"]],
+            past,
+            named["scale"],
+            key_mask if named["key_mask"] is not None else None,
+            origins=[node],
+        )
+        replace(graph, node, cached)
+    remove_padding(graph)
+
+
+def add_key_mask(graph: Graph, attentions: list[fx.Node], batch: Any, capacity: Any) -> fx.Node | None:
+    """The input key_mask [B, T], if an attention has a key mask (which is the graph's attention mask then)."""
+    masked = [node for node in attentions if arguments(node)["key_mask"] is not None]
+    for node in masked:
+        if arguments(node)["key_mask"].name != PADDING:
+            raise refused(graph, node, f"its key mask is not the input {PADDING}")
+    return add_placeholder(graph, "key_mask", (batch, capacity), torch.bool) if masked else None
+
+
+def remove_padding(graph: Graph) -> None:
+    if PADDING in graph.inputs:
+        padding = graph.placeholder(PADDING)
+        for user in padding.users:
+            raise refused(graph, user, f"it uses {PADDING} for something else than hiding keys")
+        graph.fx.erase_node(padding)
+
+
+def add_placeholder(graph: Graph, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+    last = graph.placeholders[-1]
+    with graph.fx.inserting_after(last):
+        node = graph.fx.placeholder(name)
+    node.target = node.name
+    with fake_mode(graph):
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device=last.meta["val"].device)
+    return node
+
+
+def new_size(graph: Graph) -> torch.SymInt:
+    """A new symbolic size among those of the graph."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    shapes = fake_mode(graph).shape_env
+    source = ConstantSource(f"capacity_{len(shapes.var_to_range)}")
+    symbol = shapes.create_symbol(CAPACITY_EXAMPLE, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    return shapes.create_symintnode(symbol, hint=CAPACITY_EXAMPLE, source=source)
+
+
+# --- logits of the last token only -----------------------------------------------------------------------------------
+
+
+def keep_last_token(graph: Graph, length: sympy.Symbol) -> None:
+    """Run what only the logits need, from the last attention on, for the last token alone.
+
+    linear(norm(x), w) [B, S, V]  -->  linear(norm(slice(x, dim=1, start=-1)), w) [B, 1, V]
+    """
+    axis = TokenAxis(length)
+    tail = needed_for_logits_only(graph, axis)
+    last: dict[fx.Node, fx.Node] = {}
+
+    def last_token(source: fx.Node, before: fx.Node) -> fx.Node:
+        if source not in last:
+            last[source] = insert(graph, before, aten.slice.Tensor, source, axis.of(source), -1, origins=[source])
+        return last[source]
+
+    def argument(node: fx.Node, value: fx.Node) -> Any:
+        if axis.in_value(value):
+            return 1
+        return value if value in tail or axis.of(value) is None else last_token(value, node)
+
+    for node in list(graph.nodes):
+        if node in tail or node.op == "output":
+            node.args, node.kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda value, node=node: argument(node, value)
+            )
+    rederive(graph, tail)
+
+
+def needed_for_logits_only(graph: Graph, axis: TokenAxis) -> set[fx.Node]:
+    """The calls behind the last attention that can be run for one token: per token, with the tokens in a dimension."""
+    tail: set[fx.Node] = set()
+    cached = (effc.kv_write.default, effc.cached_attention.default)
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or node.target in cached or not axis.dims(node):
+            continue
+        tensors = [x for x in (node, *node.all_input_nodes) if axis.dims(x)]
+        numbers = [x for x in node.all_input_nodes if axis.in_value(x)]
+        simple = all(sizes(x)[axis.of(x)] == axis.length for x in tensors) and all(
+            size_expr(x) == axis.length for x in numbers
+        )
+        if simple and all(user in tail or user.op == "output" for user in node.users):
+            tail.add(node)
+    return tail
