@@ -83,7 +83,7 @@ LOGICAL = {
 }
 SCALAR_OVERLOADS = {
     getattr(aten, name).Scalar: getattr(aten, name).Tensor
-    for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge", "bitwise_and", "bitwise_or")
+    for name in ("add", "sub", "mul", "div")  # the others take no number in the place of a tensor
 }
 BINARY = frozenset(SCALAR_OVERLOADS.values())
 ASSERTIONS = frozenset(
@@ -278,7 +278,7 @@ def to_number(match: Match) -> fx.Node | None:
     return None
 
 
-COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.eq.Tensor, aten.ne.Tensor})
+COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor})
 
 
 def known_number(graph: Graph, value: Any) -> float | None:
