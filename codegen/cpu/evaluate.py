@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from .affine import through_view
+from .affine import compare_conjunct, through_view
 from .cells import LARGE, TRUE, ZERO, Cell, Index, number
 from .ir import Op, Type, Value
 from .nest import Nest
@@ -84,8 +84,8 @@ class Evaluator:
         return self.nest.remember(key, self.compute(value, at))
 
     def compute(self, value: Value, at: tuple[Index, ...]) -> Cell:
-        if value.type.element == "i1" and (fact := (value, tuple(index.dim for index in at))) in self.nest.facts:
-            return TRUE.at_least(self.nest.facts[fact])
+        if value.type.element == "i1" and (level := self.known(value, at)) is not None:
+            return TRUE.at_least(level)
         if value in self.storage:
             return self.read(self.storage[value], at, value)
         if not value.type.is_tensor:
@@ -129,6 +129,16 @@ class Evaluator:
         if is_elementwise(op):
             return self.elementwise(op, [self.at(operand, at) for operand in op.operands])
         raise unsupported(op, "of a block is not supported")
+
+    def known(self, value: Value, at: tuple[Index, ...]) -> int | None:
+        """The level at which the nest's own bounds make a mask true; None if they do not."""
+        facts = self.nest.facts
+        if value in facts:
+            return facts[value]
+        if facts and value.op is not None and value.op.name == "arith.cmpi" and value.type.is_tensor:
+            part = compare_conjunct(value, tuple(index.dim for index in at), self.kernel.analysis)
+            return facts.get((part.dim, part.end))
+        return None
 
     def elementwise(self, op: Op, cells: list[Cell]) -> Cell:
         level = max((cell.level for cell in cells), default=0)
@@ -398,11 +408,8 @@ class Evaluator:
             return []
         if masks is not None and masks.constant is True:
             masks = None
-        if (
-            width == 1
-            or (pointer.kind == "uniform"
-            and value.kind == "uniform"
-            and (masks is None or masks.kind == "uniform"))
+        if width == 1 or (
+            pointer.kind == "uniform" and value.kind == "uniform" and (masks is None or masks.kind == "uniform")
         ):
             line = f"*{closed(pointer.text)} = {to_memory(element, value.text, 1)};"
             return [f"if ({masks.text}) {line}"] if masks else [line]

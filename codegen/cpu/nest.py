@@ -59,7 +59,7 @@ class Nest:
         self.cells: dict[tuple, Cell] = {}
         self.body: Body | None = None
         self.reverse: int | None = None  # a dimension whose loop counts down the indices
-        self.facts: dict[tuple[Value, tuple[int | None, ...]], int] = {}  # masks known to hold, and the level where
+        self.facts: dict[Value | tuple[int, str], int] = {}  # scalars, and `index[dim] < end`, known to hold at a level
 
     # -- names and statements
 

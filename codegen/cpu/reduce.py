@@ -1,12 +1,14 @@
 """Print reductions, scans and dots."""
 
+from dataclasses import replace
+
 from .affine import Map, conjuncts, through_view
 from .cells import Cell
 from .dot import Operand, emit_dot
 from .evaluate import Evaluator, Stored, constant_cell
 from .ir import Block, Op, Type, Value
 from .nest import Nest
-from .plan import is_lazy, loops_between
+from .plan import loops_between
 from .spelling import HALF, MEMORY, lanes_type, literal, parse_literal, spell, unsupported
 
 INFINITY = float("inf")
@@ -87,11 +89,14 @@ class ReducePrinter:
             self.reduce_nothing(op)
             return
         identity = self.identity(op)
-        guards: list[str] = []
+        parts = []
         if identity is not None and len(op.operands) == 1:
             parts = [part for part in self.neutral_parts(op.operands[0], identity) if part.dim == axis]
-            guards = self.clip(nest, parts)
-        assert not guards
+        for part in self.unread_parts(op.result) if len(op.results) == 1 else []:
+            dim = part.dim + (part.dim >= axis)
+            if dim != vector_dim:
+                parts.append(replace(part, dim=dim))
+        self.clip(nest, parts)
         results = [self.reduce_target(result) for result in op.results]
         evaluator = Evaluator(self.kernel, nest)
         whole = along and vector_dim is not None
@@ -129,7 +134,7 @@ class ReducePrinter:
                 return self.fold_lanes(op, evaluator, names, results)
             return self.write_columns(nest, names, results, copies)
 
-        self.finish(nest.render(body, chains, after), guards)
+        self.finish(nest.render(body, chains, after))
         for result, target in zip(op.results, results, strict=True):
             if isinstance(target, Stored):
                 self.kernel.storage[result] = target
@@ -246,65 +251,6 @@ class ReducePrinter:
                 )
                 lines.append(line)
         return lines
-
-    def neutral_parts(self, value: Value, identity: int | float | bool) -> list:
-        """Mask conjuncts outside of which `value` is the reduction's identity, so that loops may end there."""
-        at: Map = tuple(range(len(value.type.shape)))
-        found = []
-        seen = set()
-
-        def masks_in(inner: Value, at: Map) -> None:
-            if inner.op is None or inner in self.kernel.storage or not inner.type.is_tensor or (inner, at) in seen:
-                return
-            seen.add((inner, at))
-            if (source := through_view(inner, at)) is not None:
-                masks_in(*source)
-                return
-            mask = None
-            if inner.op.name == "tt.load" and len(inner.op.operands) > 1:
-                mask = inner.op.operands[1]
-            elif inner.op.name == "arith.select":
-                mask = inner.op.operands[0]
-            if mask is not None and mask.type.is_tensor:
-                found.extend(part for part in conjuncts(mask, at, self.analysis) if part.dim is not None)
-            if inner.op.name != "tt.load" and is_lazy(inner.op):
-                for operand in inner.op.operands:
-                    masks_in(operand, at)
-
-        masks_in(value, at)
-        return [part for part in found if self.value_without(value, at, part) == identity]
-
-    def value_without(self, value: Value, at: Map, part) -> float | int | bool | None:
-        """What `value` is where `part` does not hold, if that is one number."""
-        op = value.op
-        if value.type.element == "i1" and (value, at) == (part.leaf, part.at):
-            return False
-        if op is None or value in self.kernel.storage:
-            return None
-        if op.name == "arith.constant":
-            return parse_literal(op.attrs["value"], value.type.element)
-        if op.name == "tt.splat":
-            return self.value_without(op.operands[0], (), part)
-        if (source := through_view(value, at)) is not None:
-            return self.value_without(*source, part)
-        if not value.type.is_tensor:
-            return None
-        if op.name == "tt.load" and len(op.operands) > 1 and self.value_without(op.operands[1], at, part) is False:
-            return 0.0 if len(op.operands) < 3 else self.value_without(op.operands[2], at, part)
-        inner = [self.value_without(operand, at, part) for operand in op.operands] if op.name != "tt.load" else []
-        if op.name == "arith.select" and inner[0] is not None:
-            return inner[1] if inner[0] else inner[2]
-        if op.name == "arith.andi" and value.type.element == "i1" and False in inner:
-            return False
-        if None in inner or not inner:
-            return None
-        if op.name == "arith.mulf":
-            return inner[0] * inner[1]
-        if op.name == "arith.addf":
-            return inner[0] + inner[1]
-        if op.name == "arith.muli":
-            return inner[0] * inner[1]
-        return inner[0] if op.name in ("arith.extf", "arith.truncf", "arith.extsi", "arith.extui") else None
 
     # -- scans
 

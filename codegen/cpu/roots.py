@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .affine import Affine, Conjunct, Map, conjuncts, through_view
+from .clip import Clipper
 from .evaluate import Evaluator, Stored, row_major
 from .ir import Op, Type, Value
-from .nest import Extent, Nest, indented
+from .nest import Nest, indented
 from .plan import is_lazy
 from .reduce import ReducePrinter
 from .spelling import BYTES, lanes_type, pointee_type, unsupported
 
 
-class RootPrinter(ReducePrinter):
+class RootPrinter(ReducePrinter, Clipper):
     """Prints roots of one kernel through `kernel.emit`."""
 
     def __init__(self, kernel):
@@ -78,50 +79,17 @@ class RootPrinter(ReducePrinter):
         self.kernel.emit_all(indented(lines))
         self.kernel.emit("}")
 
-    # -- masks that cut the nest short
-
-    def clip(self, nest: Nest, parts: list[Conjunct]) -> list[str]:
-        """Let loops end where the mask does; returns conditions under which anything happens at all."""
-        guards = []
-        by_dim: dict[int, list[Conjunct]] = {}
-        for part in parts:
-            if part.uniform:
-                guards.append(self.kernel.text(part.leaf))
-                nest.facts[part.leaf, part.at] = 0
-            elif part.dim is not None and nest.shape[part.dim] > 1:
-                by_dim.setdefault(part.dim, []).append(part)
-                nest.facts[part.leaf, part.at] = nest.level_of[part.dim]
-        for dim, cuts in by_dim.items():
-            self.clip_dim(nest, dim, cuts)
-        return guards
-
-    def clip_dim(self, nest: Nest, dim: int, cuts: list[Conjunct]) -> None:
-        size = nest.shape[dim]
-        numbers = [max(0, min(size, cut.constant)) for cut in cuts if cut.constant is not None]
-        texts = list(dict.fromkeys(cut.end for cut in cuts if cut.constant is None))
-        divisor = min([cut.divisor for cut in cuts] + [size])
-        if not texts:
-            nest.extents[dim] = Extent(size, str(min(numbers)), min(numbers), divisor)
-            return
-        name = nest.fresh(f"n_{nest.index_name[dim]}")
-        limit = min(numbers, default=size)
-        text = f"clip({texts[0]}, {limit})"
-        for more in texts[1:]:
-            text = f"least({text}, clip({more}, {limit}))"
-        nest.add(0, f"const int32_t {name} = {text};")
-        nest.extents[dim] = Extent(size, name, None, divisor)
-
     # -- arrays
 
     def materialize(self, value: Value, hint: str | None = None) -> Stored:
         """Compute a lazy tensor into an array of its own."""
         stored = self.kernel.array(value.type, hint or value.name + "_a")
-        self.assign(stored, value)
+        self.assign(stored, value, self.unread_parts(value) if value in self.plan.stored else [])
         self.kernel.storage[value] = stored
         return stored
 
-    def assign(self, stored: Stored, value: Value) -> None:
-        """stored = value, element by element; `value` may read `stored` at the same element."""
+    def assign(self, stored: Stored, value: Value, parts: list[Conjunct] = ()) -> None:
+        """stored = value, element by element, where `parts` hold; `value` may read `stored` at the same element."""
         shape = value.type.shape
         vector_dim, width = self.vector_dim(shape, [value])
         if vector_dim is not None and stored.strides[vector_dim] != 1 and 1 in stored.strides:
@@ -129,6 +97,7 @@ class RootPrinter(ReducePrinter):
             if shape[better] >= min(self.kernel.lanes, 4):
                 vector_dim, width = better, min(self.kernel.lanes, shape[better] & -shape[better])
         nest = self.nest(shape, vector_dim, width)
+        self.clip(nest, parts)
         evaluator = Evaluator(self.kernel, nest)
 
         def body(_copy: int) -> None:

@@ -1,0 +1,205 @@
+"""Where loops may end early: masks that make the rest of a tile neutral, unread or unwritten.
+
+tl.sum(tl.where(c < n, x, 0))           the loop over c ends at n: what is past it adds 0
+e = exp(x); store(p, e, mask=c < n)     e's array is filled up to n: nobody reads past it
+"""
+
+from .affine import Conjunct, Map, conjuncts, through_view
+from .ir import Op, Value
+from .nest import Extent, Nest
+from .plan import is_lazy
+from .spelling import parse_literal
+
+Number = float | int | bool
+
+
+class Clipper:
+    """Mask reasoning of RootPrinter. Conjuncts are compared by the dimension they cut and the text of its end."""
+
+    # -- cutting loops
+
+    def clip(self, nest: Nest, parts: list[Conjunct]) -> list[str]:
+        """Let loops end where the mask does; returns conditions under which anything happens at all."""
+        guards = []
+        by_dim: dict[int, list[Conjunct]] = {}
+        for part in parts:
+            if part.uniform:
+                guards.append(self.kernel.text(part.leaf))
+                nest.facts[part.leaf] = 0
+            elif part.dim is not None and nest.shape[part.dim] > 1:
+                by_dim.setdefault(part.dim, []).append(part)
+                nest.facts[part.dim, part.end] = nest.level_of[part.dim]
+        for dim, cuts in by_dim.items():
+            self.clip_dim(nest, dim, cuts)
+        return list(dict.fromkeys(guards))
+
+    def clip_dim(self, nest: Nest, dim: int, cuts: list[Conjunct]) -> None:
+        size = nest.shape[dim]
+        numbers = [max(0, min(size, cut.constant)) for cut in cuts if cut.constant is not None]
+        texts = list(dict.fromkeys(cut.end for cut in cuts if cut.constant is None))
+        divisor = min([cut.divisor for cut in cuts] + [size])
+        if not texts:
+            nest.extents[dim] = Extent(size, str(min(numbers)), min(numbers), divisor)
+            return
+        name = nest.fresh(f"n_{nest.index_name[dim]}")
+        limit = min(numbers, default=size)
+        text = f"clip({texts[0]}, {limit})"
+        for more in texts[1:]:
+            text = f"least({text}, clip({more}, {limit}))"
+        nest.add(0, f"const int32_t {name} = {text};")
+        nest.extents[dim] = Extent(size, name, None, divisor)
+
+    # -- values that are one number outside of a mask
+
+    def mask_parts(self, value: Value, at: Map) -> list[Conjunct]:
+        """Conjuncts of all masks that `value` is printed with, or was."""
+        found: dict[tuple, Conjunct] = {}
+        seen = set()
+
+        def visit(inner: Value, at: Map) -> None:
+            if inner.op is None or not inner.type.is_tensor or (inner, at) in seen:
+                return
+            seen.add((inner, at))
+            if (source := through_view(inner, at)) is not None:
+                visit(*source)
+                return
+            if not is_lazy(inner.op):
+                return
+            mask = None
+            if inner.op.name == "tt.load" and len(inner.op.operands) > 1:
+                mask = inner.op.operands[1]
+            elif inner.op.name == "arith.select":
+                mask = inner.op.operands[0]
+            if mask is not None and mask.type.is_tensor:
+                for part in conjuncts(mask, at, self.analysis):
+                    if part.dim is not None:
+                        found.setdefault((part.dim, part.end), part)
+            if inner.op.name != "tt.load":
+                for operand in inner.op.operands:
+                    visit(operand, at)
+
+        visit(value, at)
+        return list(found.values())
+
+    def neutral_parts(self, value: Value, identity: Number) -> list[Conjunct]:
+        """Conjuncts outside of which `value` is the reduction's identity."""
+        at: Map = tuple(range(len(value.type.shape)))
+        return [part for part in self.mask_parts(value, at) if self.value_without(value, at, part) == identity]
+
+    def value_without(self, value: Value, at: Map, part: Conjunct) -> Number | None:
+        """What `value` is where `part` does not hold, if that is one number. True of stored values as well."""
+        op = value.op
+        if op is None:
+            return None
+        if op.name == "arith.constant":
+            return parse_literal(op.attrs["value"], value.type.element)
+        if op.name == "tt.splat":
+            return self.value_without(op.operands[0], (), part)
+        if (source := through_view(value, at)) is not None:
+            return self.value_without(*source, part)
+        if not value.type.is_tensor or not is_lazy(op):
+            return None
+        if op.name == "arith.cmpi":
+            same = any((leaf.dim, leaf.end) == (part.dim, part.end) for leaf in conjuncts(value, at, self.analysis))
+            return False if same else None
+        if op.name == "tt.load":
+            if len(op.operands) < 2 or self.value_without(op.operands[1], at, part) is not False:
+                return None
+            return 0.0 if len(op.operands) < 3 else self.value_without(op.operands[2], at, part)
+        inner = [self.value_without(operand, at, part) for operand in op.operands]
+        if op.name == "arith.select" and inner[0] is not None:
+            return inner[1] if inner[0] else inner[2]
+        if op.name == "arith.andi" and value.type.element == "i1" and any(item is False for item in inner):
+            return False
+        if not inner or any(item is None for item in inner):
+            return None
+        if op.name in ("arith.mulf", "arith.muli"):
+            return inner[0] * inner[1]
+        if op.name in ("arith.addf", "arith.addi"):
+            return inner[0] + inner[1]
+        same = ("arith.extf", "arith.truncf", "arith.extsi", "arith.extui", "arith.sitofp", "arith.uitofp")
+        return inner[0] if op.name in same else None
+
+    # -- values that nobody reads outside of a mask
+
+    def unread_parts(self, value: Value) -> list[Conjunct]:
+        """Conjuncts outside of which no consumer of a stored tensor reads it."""
+        if not value.type.is_tensor:
+            return []
+        candidates: dict[tuple, Conjunct] = {}
+        identity: Map = tuple(range(len(value.type.shape)))
+        if value.op is not None and value.op.name == "tt.reduce":
+            axis = value.op.attrs["axis"]
+            for operand in value.op.operands:
+                at = tuple(None if d == axis else d - (d > axis) for d in range(len(operand.type.shape)))
+                for part in self.mask_parts(operand, at):
+                    candidates.setdefault((part.dim, part.end), part)
+        else:
+            candidates = {(part.dim, part.end): part for part in self.mask_parts(value, identity)}
+        for part in self.store_masks(value):
+            candidates.setdefault((part.dim, part.end), part)
+        return [part for part in candidates.values() if self.unread(value, part.dim, part.end, 0)]
+
+    def store_masks(self, value: Value) -> list[Conjunct]:
+        found = []
+        for op in self.plan.consumers(value):
+            if op.name == "tt.store" and len(op.operands) > 2 and op.operands[1].type.shape == value.type.shape:
+                at = tuple(range(len(value.type.shape)))
+                found += [part for part in conjuncts(op.operands[2], at, self.analysis) if part.dim is not None]
+        return found
+
+    def unread(self, value: Value, dim: int, end: str, depth: int) -> bool:
+        """Whether every consumer of `value` stays below `end` along `dim`."""
+        if depth > 6:
+            return False
+        return all(self.stays_below(op, value, dim, end, depth) for op in self.plan.consumers(value))
+
+    def stays_below(self, op: Op, value: Value, dim: int, end: str, depth: int) -> bool:
+        if op.name == "tt.store" and op.operands[1].type.is_tensor:
+            if len(op.operands) < 3 or any(self.maps_of(v, value) for v in (op.operands[0], op.operands[2])):
+                return False
+            at = tuple(range(len(op.operands[1].type.shape)))
+            ends = {(part.dim, part.end) for part in conjuncts(op.operands[2], at, self.analysis)}
+            return all((m[dim], end) in ends for m in self.maps_of(op.operands[1], value))
+        if op.name == "tt.reduce" and len(op.operands) == 1:
+            axis, identity = op.attrs["axis"], self.identity(op)
+            neutral = set()
+            if identity is not None:
+                neutral = {(part.dim, part.end) for part in self.neutral_parts(op.operands[0], identity)}
+            for m in self.maps_of(op.operands[0], value):
+                if m[dim] is None:
+                    return False
+                if m[dim] == axis:
+                    if (axis, end) not in neutral:
+                        return False
+                elif not op.result.type.is_tensor or not self.unread(
+                    op.result, m[dim] - (m[dim] > axis), end, depth + 1
+                ):
+                    return False
+            return True
+        if is_lazy(op) and op.result in self.plan.stored:
+            maps = self.maps_of(op.result, value, True)
+            return all(m[dim] is not None and self.unread(op.result, m[dim], end, depth + 1) for m in maps)
+        return False
+
+    def maps_of(self, root: Value, value: Value, inside: bool = False) -> set[Map]:
+        """How printing `root` indexes `value`, a stored tensor: the dimensions of root's tile. inside: look into root
+        although it is stored itself."""
+        found: set[Map] = set()
+        seen = set()
+
+        def visit(inner: Value, at: Map, top: bool) -> None:
+            if not inner.type.is_tensor or (inner, at) in seen:
+                return
+            seen.add((inner, at))
+            if inner is value and not (top and inside):
+                found.add(at)
+            elif inner.op is not None and is_lazy(inner.op) and (inner not in self.plan.stored or top and inside):
+                if (source := through_view(inner, at)) is not None:
+                    visit(*source, False)
+                elif inner.op.name != "tt.splat":
+                    for operand in inner.op.operands:
+                        visit(operand, at, False)
+
+        visit(root, tuple(range(len(root.type.shape))) if root.type.is_tensor else (), True)
+        return found
