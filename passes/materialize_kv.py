@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..compiler import ops  # noqa: F401  (registers the vocabulary)
-from ..compiler.errors import InputError
+from ..compiler.errors import InputError, ModelError
 from ..compiler.graph import Graph, dtype_of, size_expr, sizes
 from ..compiler.pattern import arguments
 from ..compiler.rewrite import fake_mode, insert, replace
@@ -46,7 +46,7 @@ def materialize_kv(graph: Graph, kind: str) -> Graph:
         raise InputError(f"expected a graph of {', '.join(KINDS)}, found {kind!r}")
     graph = graph.copy(name=kind, dialect="stateful")
     length = token_count(graph)
-    check_per_token(graph, length)
+    check_cacheable(graph, length)
     add_cache(graph)
     if kind == "prefill":
         keep_last_token(graph, length)
@@ -54,6 +54,17 @@ def materialize_kv(graph: Graph, kind: str) -> Graph:
         specialize(graph, {length: 1})
     cleanup(graph)
     return graph
+
+
+def check_cacheable(graph: Graph, length: sympy.Symbol) -> None:
+    """Raise ModelError where a token depends on others. Attention that was not recognized is the reason to give."""
+    try:
+        check_per_token(graph, length)
+    except ModelError:
+        for miss in fuse_attention(graph.copy()).misses:
+            node = next(node for node in graph.nodes if node.name == miss.node)
+            raise refused(graph, node, miss.reason) from None
+        raise
 
 
 def drop_padding(graph: Graph) -> Graph:

@@ -240,6 +240,26 @@ def made_of_size(axis: TokenAxis, node: fx.Node) -> str | None:
     return "it is filled with the length" if axis.in_value(value) else None
 
 
+def repeat(axis: TokenAxis, node: fx.Node) -> str | None:
+    source, counts = node.args[:2]
+    token = axis.from_right(source)
+    if any(axis.in_value(count) for count in counts) or (token is not None and counts[token] != 1):
+        return "it repeats tokens"
+    return None
+
+
+def index(axis: TokenAxis, node: fx.Node) -> str | None:
+    """A lookup in a table that is the same for every token, or the same choice from every token."""
+    source, indices = node.args[:2]
+    places = [place for place in indices if place is not None]
+    if axis.of(source) is None:
+        return None if len(indices) == 1 else "its table has several indices"
+    if any(axis.of(place) is not None for place in places):
+        return "it picks other tokens"
+    first = next(dim for dim, place in enumerate(indices) if place is not None)
+    return None if axis.of(source) < first else "it picks tokens"
+
+
 def part(axis: TokenAxis, node: fx.Node) -> str | None:
     return None
 
@@ -266,7 +286,9 @@ CHECKS: dict[Any, Check] = {
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), along("dim")),
     **dict.fromkeys((aten.cat.default, aten.stack.default, aten.softmax.int, aten.cumsum.default), along("dim")),
     **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.var.correction), along("dim")),
-    aten.repeat_interleave.self_int: along("dim"),
+    **dict.fromkeys((aten.repeat_interleave.self_int, aten.gather.default), along("dim")),
+    aten.repeat.default: repeat,
+    aten.index.Tensor: index,
     **dict.fromkeys((aten.linear.default, effc.linear.default, effc.gated_linear.default), linear),
     **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default), matmul),
     aten.layer_norm.default: layer_norm,
