@@ -59,36 +59,32 @@ ACTIVATIONS = {
 }
 
 
-def is_bias(match: Match, node: fx.Node | None, weight: fx.Node) -> bool:
-    """Whether `node` can be the bias of a linear with this weight: None, or a weight with one entry per row."""
-    return node is None or (node.name in match.graph.weights and sizes(node) == sizes(weight)[:1])
+def is_bias(graph: Graph, node: fx.Node | None, rows: int) -> bool:
+    """Whether `node` can be the bias of a linear with so many rows: None, or a weight with one entry per row."""
+    recipe = None if node is None else recipe_of(graph, node)
+    return node is None or (recipe is not None and recipe.shape == (rows,))
 
 
-def to_linear(match: Match) -> fx.Node | None:
-    weight = weight_of(match.graph, match["weight"])
-    bias = match["bias"] and weight_of(match.graph, match["bias"])
-    if weight is None or weight.meta["val"].ndim != 2:
-        return match.decline(f"{match['weight'].name} is not a matrix of weights but computed at run time")
-    if match["bias"] is not None and (bias is None or not is_bias(match, bias, weight)):
-        return match.decline(f"the bias {match['bias'].name} is not a weight with one entry per row")
-    return match.call(linear, match["x"], weight, *(bias,) * (bias is not None))
+def to_linear(match: Match, matrix: str = "weight", turn: tuple[int, int] = (0, 1)) -> fx.Node | None:
+    """The linear with `matrix`, its dimensions in the order `turn`, as its weight; other layouts become recipes."""
+    graph, found, bias = match.graph, match[matrix], match.get("bias")
+    recipe = recipe_of(graph, found)
+    if recipe is None or len(recipe.shape) != 2:
+        return match.decline(f"{found.name} is not a matrix of weights but computed at run time")
+    recipe, base = transposed(recipe, turn), base_weights(graph, found)[0]
+    if not is_bias(graph, bias, recipe.shape[0]):
+        return match.decline(f"the addend {bias.name} is not a weight with one entry per output")
+    if recipe not in graph.weights.values() and len(base.users) > 1:
+        return match.decline(f"{base.name} is used elsewhere too: another layout of it would keep it twice")
+    weight = add_weight(graph, f"{base.name}_{type(recipe).__name__.lower()}", recipe)
+    return match.call(linear, match["x"], weight, *(() if bias is None else (weight_of(graph, bias),)))
 
 
 def to_linear_of_transposed(match: Match) -> fx.Node | None:
-    """x @ M with M = W.T: a matrix that no linear uses yet gets the recipe of its transpose."""
-    matrix = match["transposed"]
-    recipe = recipe_of(match.graph, matrix)
-    if recipe is None or len(recipe.shape) != 2:
+    """x @ M with M = W.T; a product of two activations is no near-miss."""
+    if recipe_of(match.graph, match["transposed"]) is None:
         return None
-    bias = match.get("bias")
-    if bias is not None and (bias.name not in match.graph.weights or sizes(bias) != sizes(matrix)[1:]):
-        return match.decline(f"the addend {bias.name} is not a weight with one entry per column")
-    recipe = transposed(recipe, (1, 0))
-    base = base_weights(match.graph, matrix)[0]
-    if recipe not in match.graph.weights.values() and len(base.users) > 1:
-        return match.decline(f"{base.name} is used elsewhere too: transposing it would keep it twice")
-    weight = add_weight(match.graph, f"{base.name}_t", recipe)
-    return match.call(linear, match["x"], weight, *(bias,) * (bias is not None))
+    return to_linear(match, "transposed", (1, 0))
 
 
 def lone(match: Match) -> str | None:
@@ -111,13 +107,13 @@ def to_linear_of_rows(match: Match) -> fx.Node | None:
 
 def to_biased(match: Match) -> fx.Node | None:
     addend = match["addend"]
-    if match["bias"] is not None or not is_bias(match, addend, match["weight"]):
+    if match["bias"] is not None or not is_bias(match.graph, addend, int(sizes(match["weight"])[0])):
         return None
     if reason := lone(match):
         return match.decline(reason)
     if dtype_of(match.root) not in (torch.float32, torch.float64):
         return match.decline(f"the product is rounded to {dtype_of(match.root)} before the bias is added")
-    return match.call(linear, match["x"], match["weight"], addend)
+    return match.call(linear, match["x"], match["weight"], weight_of(match.graph, addend))
 
 
 def to_residual(match: Match) -> fx.Node | None:

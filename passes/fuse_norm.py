@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..compiler.fold import weight_of
+from ..compiler.fold import recipe_of, weight_of
 from ..compiler.graph import Graph, dtype_of
 from ..compiler.ops import OPS
 from ..compiler.pattern import any_, cast, const, maybe_cast, op, tensor
@@ -56,9 +56,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def norm_weight(match: Match) -> fx.Node | None:
     """The scale as a weight of one entry per channel; None if it is anything else."""
-    weight = weight_of(match.graph, match["scale"])
-    fits = weight is not None and tuple(weight.meta["val"].shape) == tuple(match.value("x").shape[-1:])
-    return weight if fits else None
+    recipe = recipe_of(match.graph, match["scale"])
+    fits = recipe is not None and recipe.shape == tuple(match.value("x").shape[-1:])
+    return weight_of(match.graph, match["scale"]) if fits else None
 
 
 def to_rms_norm_scaled_rounded(match: Match) -> fx.Node | None:
