@@ -1,0 +1,43 @@
+"""What all tests share: a cache of their own, the default model, threads, and random input with a printed seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import platformdirs
+import pytest
+import torch
+from effc.runtime import store
+
+TEST_CACHE = "EFFC_TEST_CACHE_DIR"
+
+
+def pytest_configure() -> None:
+    """Tests keep out of the user's models and programs; what they compile serves the next run."""
+    folder = os.environ.get(TEST_CACHE) or platformdirs.user_cache_path("effc-tests", appauthor=False)
+    os.environ["EFFC_CACHE_DIR"] = str(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The file of the default model, fetched once."""
+    return store.pull("smollm2")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Random numbers that differ from test to test and not from run to run."""
+    seed = sum(map(ord, request.node.name))
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
