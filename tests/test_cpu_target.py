@@ -11,7 +11,13 @@ from effc.codegen.cpu import host_target, launch, lower
 from effc.codegen.cpu.target import LANES, best_isa
 from triton.language.extra import libdevice
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64", torch.int32: "*i32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+}
 TYPES |= {torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.int16: "*i16"}
 ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
 
@@ -120,7 +126,23 @@ def ulps(got, want64):
 
 
 def edge_inputs():
-    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 1e-40, -1e-40, 3.4e38, -3.4e38, 88.8, -87.4, -103.9, -104.5]
+    special = [
+        0.0,
+        -0.0,
+        math.inf,
+        -math.inf,
+        math.nan,
+        1.0,
+        -1.0,
+        1e-40,
+        -1e-40,
+        3.4e38,
+        -3.4e38,
+        88.8,
+        -87.4,
+        -103.9,
+        -104.5,
+    ]
     special += [0.5, -0.5, 0.625, 0.9277, 128.0, -149.0, 1e5, -1e5, 12345.678, 2.0**23 + 1, 8388607.5, 3e9, 1e20]
     generator = torch.Generator().manual_seed(3)
     parts = [torch.tensor(special)]
@@ -137,13 +159,22 @@ def test_elementwise_functions_are_within_2_ulp(op, isa):
     want = EXPECTED[op](x.double(), y.double())
     rounded = want.float()
     assert torch.equal(out.isnan(), rounded.isnan()), x[out.isnan() != rounded.isnan()]
-    assert torch.equal(out.isinf(), rounded.isinf()), (x[out.isinf() != rounded.isinf()], out[out.isinf() != rounded.isinf()])
+    assert torch.equal(out.isinf(), rounded.isinf()), (
+        x[out.isinf() != rounded.isinf()],
+        out[out.isinf() != rounded.isinf()],
+    )
     finite = rounded.isfinite()
     if op == "sigmoid":  # Triton's 1 / (1 + exp(-x)) gives 0 where exp overflows
         finite &= x > -88
     bound = 3.0 if op == "sigmoid" else 2.0
     worst = ulps(out, want)[finite]
-    assert worst.max() <= bound, (op, x[finite][worst.argmax()], out[finite][worst.argmax()], rounded[finite][worst.argmax()], worst.max())
+    assert worst.max() <= bound, (
+        op,
+        x[finite][worst.argmax()],
+        out[finite][worst.argmax()],
+        rounded[finite][worst.argmax()],
+        worst.max(),
+    )
     if op in ("floor", "ceil", "abs"):
         assert torch.equal(torch.signbit(out[finite]), torch.signbit(rounded[finite]))
 
@@ -160,14 +191,31 @@ def convert_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 def test_conversions_equal_torch(source, target):
     values = torch.tensor([0, 1, 2, 3, 5, 17, 100, 126, 127] * 5, dtype=torch.float64)
     if source.is_floating_point and target.is_floating_point:
-        special = [math.inf, -math.inf, math.nan, 1e-8, 6e-8, 65504.0, 65520.0, 65519.0, 1e-40, 1.00390625, 1.01171875, -0.0]
-        values = torch.cat([values, torch.tensor(special), torch.randn(200, generator=torch.Generator().manual_seed(1)).double() * 300])
+        special = [
+            math.inf,
+            -math.inf,
+            math.nan,
+            1e-8,
+            6e-8,
+            65504.0,
+            65520.0,
+            65519.0,
+            1e-40,
+            1.00390625,
+            1.01171875,
+            -0.0,
+        ]
+        values = torch.cat(
+            [values, torch.tensor(special), torch.randn(200, generator=torch.Generator().manual_seed(1)).double() * 300]
+        )
     if source.is_floating_point and not target.is_floating_point and target != torch.bool:
         values = values + 0.7
     x = values.to(source)
     out = torch.zeros(len(x), dtype=target)
     run(convert_kernel, (triton.cdiv(len(x), 64),), x, out, len(x), BLOCK=64)
-    assert torch.equal(out, x.to(target)) or torch.allclose(out.double(), x.to(target).double(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(out, x.to(target)) or torch.allclose(
+        out.double(), x.to(target).double(), rtol=0, atol=0, equal_nan=True
+    )
 
 
 @triton.jit
