@@ -39,11 +39,12 @@ class RunBuffer:
 class Manifest:
     """What a call needs to know besides the native code. Plain data: a warm start reads it from the cache.
 
-    sizes: (name, input, axis) of each runtime size. segments: how many native functions there are.
+    sizes: (name, input, axis) of each runtime size; without an axis the input is the size itself. segments: how many
+    native functions there are.
     """
 
     name: str
-    sizes: tuple[tuple[str, str, int], ...]
+    sizes: tuple[tuple[str, str, int | None], ...]
     buffers: tuple[RunBuffer, ...]
     outputs: tuple[Output, ...]
     segments: int
@@ -53,13 +54,22 @@ class Frame:
     """The buffers of one call by name, and its runtime sizes."""
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        self.sizes = tuple(tensors[name].shape[axis] for _, name, axis in manifest.sizes)
+        self.sizes = runtime_sizes(manifest, tensors)
         self.buffers: dict[str, Tensor] = {}
         for buffer in manifest.buffers:
             if buffer.kind == "weight":
                 self.buffers[buffer.name] = weights[buffer.name]
             elif buffer.kind in ("input", "state"):
                 self.buffers[buffer.name] = tensors[buffer.name]
+
+
+def runtime_sizes(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(int(tensors[name]) if axis is None else tensors[name].shape[axis] for _, name, axis in manifest.sizes)
+
+
+def strided(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
+    """A strided look at a tensor, from its own first element on."""
+    return tensor.as_strided(sizes, strides, tensor.storage_offset() + offset)
 
 
 def size_function(names: tuple[str, ...], code: str) -> Callable[..., Any]:
@@ -97,7 +107,7 @@ class Executable:
         results = []
         for buffer, view in self.outputs:
             sizes, strides, offset = view(*frame.sizes)
-            results.append(frame.buffers[buffer].as_strided(sizes, strides, offset))
+            results.append(strided(frame.buffers[buffer], sizes, strides, offset))
         return results
 
     def run_segment(self, position: int, frame: Frame) -> None:

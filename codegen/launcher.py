@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from .build import jit_function
 from .emit import run_buffers, segments
-from .executable import Executable, Frame, Manifest, Output, RunBuffer, size_function
+from .executable import Executable, Frame, Manifest, Output, RunBuffer, size_function, strided
 from .expr import python_text
 from .kernel import Choice, Fallback, Launch, Layout, Pointer, Schedule
 from .schedule import Scheduled
@@ -107,7 +107,7 @@ class FallbackCall:
             if node in self.arguments:
                 buffer, view = self.arguments[node]
                 sizes, strides, offset = view(*frame.sizes)
-                return frame.buffers[buffer].as_strided(sizes, strides, offset)
+                return strided(frame.buffers[buffer], sizes, strides, offset)
             scalar = node.meta["val"]
             return self.size(scalar.node.expr)(*frame.sizes) if isinstance(scalar, torch.SymInt) else scalar
 

@@ -20,7 +20,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph, dtype_of, is_tensor, sizes
+from ..compiler.graph import Graph, dtype_of, is_tensor, size_expr, sizes
 from ..compiler.ops import OPS
 from ..compiler.weights import Weight
 from . import attention, linear, rope
@@ -113,9 +113,12 @@ def attempt(graph: Graph, target: Target, pack: bool, realized: set[fx.Node], re
 # --- sizes and placeholders --------------------------------------------------------------------------------------
 
 
-def size_symbols(graph: Graph) -> dict[sympy.Symbol, tuple[str, int]]:
-    """Which input's axis tells each runtime size."""
-    found: dict[sympy.Symbol, tuple[str, int]] = {}
+def size_symbols(graph: Graph) -> dict[sympy.Symbol, tuple[str, int | None]]:
+    """Which input's axis tells each runtime size; no axis where the input is the size itself."""
+    found: dict[sympy.Symbol, tuple[str, int | None]] = {}
+    for node in graph.placeholders:
+        if isinstance(node.meta.get("val"), torch.SymInt) and size_expr(node).is_Symbol:
+            found.setdefault(size_expr(node), (node.name, None))
     for node in graph.placeholders:
         if node.name in graph.weights or not is_tensor(node):
             continue
@@ -129,7 +132,7 @@ def size_names(graph: Graph) -> dict[sympy.Symbol, str]:
     """Names that kernels give to runtime sizes: B and S of the first input, T of a cache, n0, n1, ... for others."""
     names: dict[sympy.Symbol, str] = {}
     for symbol, (name, axis) in size_symbols(graph).items():
-        wanted = "T" if name in graph.states else ("B", "S", "n")[min(axis, 2)]
+        wanted = "T" if name in graph.states else ("B", "S", "n")[min(axis, 2) if axis is not None else 2]
         while wanted in names.values():
             wanted = f"n{len(names)}"
         names[symbol] = wanted
@@ -144,7 +147,8 @@ def place_placeholders(scope: Scope, result: Schedule, pack: bool) -> None:
         shape = sizes(node)
         kind = "weight" if node.name in graph.weights else "state" if node.name in graph.states else "input"
         buffer = Buffer(node.name, sympy.prod(shape), dtype_of(node), kind)
-        scope.layouts[node] = Layout(buffer, ZERO, shape, contiguous_strides(shape))
+        strides = tuple(size_expr(stride) for stride in node.meta["val"].stride())
+        scope.layouts[node] = Layout(buffer, ZERO, shape, contiguous_strides(shape) if kind == "weight" else strides)
         if kind == "weight":
             scope.recipes[node.name] = graph.weights[node.name]
             if pack and (block := panel_width(node, scope.target)):
@@ -183,6 +187,7 @@ class Plan:
         self.graph, self.forced, self.refused = graph, realized, refused
         self.units: list[Unit] = []
         self.unit_of: dict[fx.Node, Unit] = {}
+        self.written = written_placeholders(graph)
         for order, node in enumerate(graph.nodes):
             if node.op != "call_function" or not returns_tensors(node) or is_view(node):
                 continue
@@ -218,7 +223,7 @@ class Plan:
         )
 
     def is_realized(self, node: fx.Node) -> bool:
-        if node in self.forced:
+        if node in self.forced or any(argument in self.written for argument in node.all_input_nodes):
             return True
         users = readers(node)
         if any(not self.is_pointwise(user) and user.target is not effc.kv_write.default for user in users):
@@ -242,6 +247,18 @@ class Plan:
             else:
                 stack.extend(current.all_input_nodes)
         return found
+
+
+def written_placeholders(graph: Graph) -> set[fx.Node]:
+    """Inputs that an ATen op of the graph changes: what reads them before must not be computed behind the change."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and node.target is not effc.kv_write.default:
+            for argument, formal in zip(node.args, schema.arguments):
+                if formal.alias_info is not None and formal.alias_info.is_write:
+                    found.add(argument)
+    return found
 
 
 def returns_tensors(node: fx.Node) -> bool:

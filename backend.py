@@ -1,0 +1,224 @@
+"""The torch.compile backend: `torch.compile(model, backend="effc")`, for inference.
+
+Dynamo's graph goes through the same passes, schedule and build as any other. The module keeps its own parameters:
+where a pass merged several into one, the parameters become views of the merged tensor, so that nothing is held twice
+and an in-place change of a parameter is a change of the merged tensor too.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .codegen.build import build_native
+from .codegen.cpu import host_target
+from .codegen.executable import Executable, NativeExecutable
+from .codegen.launcher import TritonExecutable, fallback_calls, manifest_of
+from .codegen.memory import plan_memory
+from .codegen.schedule import schedule
+from .codegen.target import CPU, CUDA
+from .compiler.dynamo import trace_dynamo
+from .compiler.errors import InputError
+from .compiler.graph import Graph, is_tensor
+from .compiler.weights import Concat, Read, Weight, evaluate
+from .passes import pipeline
+from .report import GraphExplanation, dump_kernels, explain_graph
+from .runtime.store import cache_dir
+
+OPTIONS = ("skip", "dump")
+
+
+@dataclass
+class Compiled:
+    """One graph that torch.compile gave us, and what became of it."""
+
+    explanation: GraphExplanation
+    executable: Executable
+
+
+COMPILED: list[Compiled] = []
+"""Every graph compiled through this backend in this process, in order: what `effc.explain()` prints."""
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **unused: Any
+) -> Callable[..., tuple[Any, ...]]:
+    """Compile a Dynamo graph; the entry point of the backend.
+
+    options: {"skip": names of passes to leave out, "dump": a folder}, as `torch.compile(..., options=...)` gives them;
+    EFFC_DUMP names the folder too. Raises InputError for a model in training mode and for an input that requires a
+    gradient.
+    """
+    options = dict(options or {})
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise InputError(f"unknown option {unknown[0]!r} of backend effc; it takes {', '.join(OPTIONS)}")
+    refuse_training(gm, example_inputs)
+    folder = options.get("dump") or os.environ.get("EFFC_DUMP")
+    dump = Path(folder) / f"graph{len(COMPILED)}" if folder else None
+
+    name = f"graph{len(COMPILED)}"
+    graph = trace_dynamo(gm, example_inputs, name=name)
+    graph, report = pipeline.run(graph, skip=options.get("skip", ()), dump=dump)
+    device = device_of(graph)
+    scheduled = schedule(graph, CPU if device == "cpu" else CUDA, pack=False)
+    names = scheduled.scope.names
+    manifest, fallbacks = manifest_of(scheduled.schedule, names), fallback_calls(scheduled)
+    executable: Executable
+    if device == "cpu":
+        plan = plan_memory(scheduled.schedule)
+        library = build_native(scheduled.schedule, plan, names, host_target(), cache_dir() / "libraries")
+        executable = NativeExecutable(manifest, library, fallbacks)
+        if dump is not None:
+            dump_kernels(scheduled, dump / "kernels", host_target())
+    else:
+        executable = TritonExecutable(scheduled.schedule, names, manifest, fallbacks, device)
+    COMPILED.append(Compiled(explain_graph(scheduled, report, graph.notes), executable))
+    return Runner(gm, graph, executable, scheduled.recipes)
+
+
+class Runner:
+    """What Dynamo calls: binds its arguments to the graph's inputs and weights, and runs."""
+
+    def __init__(self, gm: fx.GraphModule, graph: Graph, executable: Executable, recipes: Mapping[str, Weight]) -> None:
+        positions = {node.name: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+        self.inputs = [(name, positions[name]) for name in graph.inputs]
+        self.weights = LiveWeights(recipes, positions)
+        self.executable = executable
+        self.outputs = graph.outputs
+
+    @torch.no_grad()
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        tensors = {name: arguments[position] for name, position in self.inputs}
+        results = iter(self.executable(tensors, self.weights.bind(arguments)))
+        return tuple(next(results) if is_tensor(node) else self.scalar(node, tensors) for node in self.outputs)
+
+    def scalar(self, node: Any, tensors: Mapping[str, Any]) -> Any:
+        """An output that is no tensor: a constant, or a size."""
+        if not isinstance(node, fx.Node):
+            return node
+        return self.executable.size_of(node, tensors)
+
+
+class LiveWeights:
+    """The weights of a graph over parameters that stay the module's own.
+
+    A recipe that only joins parameters end to end makes them views of the joined tensor. Any other recipe is
+    evaluated to a copy, again whenever one of its parameters was replaced or changed in place.
+    """
+
+    def __init__(self, recipes: Mapping[str, Weight], positions: Mapping[str, int]) -> None:
+        self.recipes, self.positions = dict(recipes), positions
+        self.bound: dict[str, Tensor] = {}
+        self.stamps: dict[str, tuple[tuple[int, int], ...]] = {}
+
+    def bind(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
+        """The tensor of each weight for one call."""
+        for buffer, recipe in self.recipes.items():
+            sources = [arguments[self.positions[name]] for name in recipe.names()]
+            joined = isinstance(recipe, Read) or is_join(recipe)
+            stamp = tuple((tensor.data_ptr(), 0 if joined else tensor._version) for tensor in sources)
+            if self.stamps.get(buffer) == stamp and stamp:
+                continue
+            self.bound[buffer] = self.make(recipe, sources, arguments)
+            self.stamps[buffer] = tuple((t.data_ptr(), 0 if joined else t._version) for t in sources)
+        return self.bound
+
+    def make(self, recipe: Weight, sources: list[Tensor], arguments: Sequence[Any]) -> Tensor:
+        if isinstance(recipe, Read) and sources[0].is_contiguous():
+            return sources[0].detach()
+        if is_join(recipe) and all(source.is_contiguous() for source in sources):
+            return join(sources)
+        return evaluate(recipe, Arguments(arguments, self.positions)).contiguous()
+
+
+class Arguments:
+    """The arguments of a call as a source of tensors."""
+
+    def __init__(self, arguments: Sequence[Any], positions: Mapping[str, int]) -> None:
+        self.arguments, self.positions = arguments, positions
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.positions)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.read(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.read(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        return self.arguments[self.positions[name]].detach()
+
+
+def is_join(recipe: Weight) -> bool:
+    """Whether a recipe lays parameters end to end, each once: then they can be views of the result."""
+    return (
+        isinstance(recipe, Concat)
+        and recipe.dim == 0
+        and all(isinstance(part, Read) for part in recipe.inputs)
+        and len(set(recipe.names())) == len(recipe.inputs)
+    )
+
+
+def join(parameters: list[Tensor]) -> Tensor:
+    """One tensor of several, end to end; the parameters become views of it, unless they already lie so."""
+    first = parameters[0]
+    rows = sum(parameter.shape[0] for parameter in parameters)
+    ends = [parameter.data_ptr() + parameter.nbytes for parameter in parameters]
+    same_storage = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    if len(same_storage) == 1 and all(p.data_ptr() == end for p, end in zip(parameters[1:], ends)):
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    joined = first.new_empty((rows, *first.shape[1:]))
+    start = 0
+    for parameter in parameters:
+        part = joined[start : start + parameter.shape[0]]
+        part.copy_(parameter)
+        parameter.data = part
+        start += parameter.shape[0]
+    return joined
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def refuse_training(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Raise for a module in training mode or an input that wants a gradient; warn once where parameters do."""
+    module = compiled_module()
+    if module is not None and module.training:
+        raise InputError("backend effc compiles for inference, found a model in training mode: call model.eval() first")
+    wants = [x for x in example_inputs if isinstance(x, Tensor) and x.requires_grad]
+    if not torch.is_grad_enabled() or not wants:
+        return
+    if any(not isinstance(x, nn.Parameter) for x in wants):
+        raise InputError("backend effc computes no gradients, found an input that requires one: detach it")
+    warnings.warn(
+        "effc: parameters require gradients, but outputs carry none; run under torch.no_grad() to silence this",
+        stacklevel=2,
+    )
+
+
+def compiled_module() -> nn.Module | None:
+    """The module whose forward Dynamo is compiling, if it is one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        module = InstructionTranslator.current_tx().output.root_tx.f_locals.get("self")
+    except AttributeError:
+        return None
+    return module if isinstance(module, nn.Module) else None
+
+
+def device_of(graph: Graph) -> str:
+    """The one device of a graph's tensors."""
+    devices: Iterable[str] = {str(node.meta["val"].device) for node in graph.placeholders if is_tensor(node)} or {"cpu"}
+    if len(set(devices)) > 1:
+        raise InputError(f"backend effc compiles for one device, found tensors on {', '.join(sorted(devices))}")
+    return next(iter(devices))
