@@ -129,8 +129,7 @@ def rounded(value: Value, dtype: torch.dtype, node: fx.Node, narrows: bool) -> V
     if isinstance(value, Piecewise):
         return Piecewise(*((rounded(branch, dtype, node, narrows), condition) for branch, condition in value.args))
     if value.is_number:
-        held = torch.tensor(float(value), dtype=dtype).item()
-        return sympy.Integer(int(held)) if held == value and value.is_integer else constant_of(held)
+        return constant_of(torch.tensor(float(value), dtype=dtype).item())
     if value.is_integer and dtype == torch.float32:
         return value  # indices and token counts are below 2 ** 24
     raise NotInferred(node, f"{value} is rounded to {dtype}")

@@ -6,6 +6,7 @@ so that one spelling is left of `k <= q`, `q >= k` and `not q < k`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +49,14 @@ def constant(value: Value) -> IndexFunction:
 
 
 def constant_of(value: Any) -> Value:
-    """A Python number or a size as sympy has it."""
+    """A Python number or a size as sympy has it; whole numbers are integers, so that 0.0 is 0."""
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
-    if isinstance(value, float) and abs(value) == float("inf"):
+    if not isinstance(value, float):
+        return size_expr(value)
+    if math.isinf(value):
         return sympy.oo if value > 0 else -sympy.oo
-    return sympy.Float(value) if isinstance(value, float) else size_expr(value)
+    return sympy.Integer(int(value)) if value.is_integer() else sympy.Float(value)
 
 
 def nonnegative(expr: sympy.Expr) -> Value:
