@@ -310,3 +310,57 @@ def test_masked_lanes_touch_no_memory(isa):
     halves = before_a_guard_page(torch.zeros(21, dtype=torch.bfloat16))
     run(gemv_rows_kernel, (3,), vector.bfloat16(), half, halves, 21, 37, BN=8, BK=64)
     close(halves, half.double() @ vector.bfloat16().double(), torch.bfloat16)
+
+
+@triton.jit
+def tutorial_matmul_kernel(
+    a_ptr, b_ptr, c_ptr, M, N, K, stride_am, stride_bk, stride_cm, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """As in Triton's tutorial: row indices wrap around, pointers are carried and advanced."""
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)) % M
+    columns = (tl.program_id(1) * BN + tl.arange(0, BN)) % N
+    k = tl.arange(0, BK)
+    a_ptrs = a_ptr + rows[:, None] * stride_am + k[None, :]
+    b_ptrs = b_ptr + k[:, None] * stride_bk + columns[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for step in range(0, tl.cdiv(K, BK)):
+        a = tl.load(a_ptrs, mask=k[None, :] < K - step * BK, other=0.0)
+        b = tl.load(b_ptrs, mask=k[:, None] < K - step * BK, other=0.0)
+        acc = tl.dot(a, b, acc)
+        a_ptrs += BK
+        b_ptrs += BK * stride_bk
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (m[:, None] < M) & (n[None, :] < N)
+    tl.store(c_ptr + stride_cm * m[:, None] + n[None, :], acc, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_carried_pointers_and_wrapped_indices(dtype, isa):
+    a, b = random(50, 90, dtype=dtype), random(90, 70, seed=1, dtype=dtype)
+    c = torch.zeros(50, 70)
+    run(tutorial_matmul_kernel, (2, 3), a, b, c, 50, 70, 90, 90, 70, 70, BM=32, BN=32, BK=32)
+    close(c, a.double() @ b.double())
+
+
+@triton.jit
+def uneven_steps_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    p = x_ptr + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for k in range(n):
+        acc += tl.load(p)
+        if k % 2 == 0:
+            p += BLOCK
+        else:
+            p += tl.arange(0, BLOCK)
+    tl.store(out_ptr + tl.arange(0, BLOCK), acc)
+
+
+def test_carried_pointers_that_do_not_advance_alike(isa):
+    x, out = random(1000), torch.zeros(32)
+    run(uneven_steps_kernel, (1,), x, out, 5, BLOCK=32)
+    place, want = torch.arange(32), torch.zeros(32)
+    for k in range(5):
+        want += x[place]
+        place = place + (32 if k % 2 == 0 else torch.arange(32))
+    close(out, want)

@@ -261,9 +261,7 @@ class KernelPrinter:
 
 
 def array_type(type_: Type) -> str:
-    if type_.element == "i1":
-        return "uint8_t"
-    return f"{MEMORY.get(type_.pointee, 'uint8_t')} *" if type_.element == "ptr" else SCALAR[type_.element]
+    return {"i1": "uint8_t", "ptr": "int64_t"}.get(type_.element) or SCALAR[type_.element]
 
 
 def declaration(type_: str, name: str) -> str:

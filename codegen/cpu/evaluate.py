@@ -318,7 +318,8 @@ class Evaluator:
         hint = f"{value.name}_v"
         if stride == 0:
             type_ = scalar_type(stored.type.with_shape(()))
-            return self.named(level, type_, hint, f"{stored.array}[{place}]")
+            cast = f"({type_})" if type_.endswith("*") else ""
+            return self.named(level, type_, hint, f"{cast}{stored.array}[{place}]")
         if stored.type.element == "i1":
             whole = f"load<{vector}>({stored.array} + {place})" if stride == 1 else None
             text = (
@@ -335,7 +336,8 @@ class Evaluator:
         place, stride = element_place(stored, at)
         type_ = stored.type
         if self.nest.width == 1 or stride == 0:
-            return [f"{stored.array}[{place}] = {cell.text};"]
+            cast = "(int64_t)" if type_.element == "ptr" else ""
+            return [f"{stored.array}[{place}] = {cast}{closed(cell.text) if cast else cell.text};"]
         text = self.vector(cell, type_)
         if type_.element == "i1":
             text = f"{closed(text)} & 1"
@@ -369,9 +371,9 @@ class Evaluator:
                 guard = f"{closed(masks.text)} ? {lanes or width} : 0"
                 lanes = guard
             else:
-                return self.gather(op, pointer, masks, other, level)
+                return self.gather(op, pointer, masks, other, level, lanes)
         if pointer.kind == "vector":
-            return self.gather(op, pointer, None, other, level)
+            return self.gather(op, pointer, None, other, level, lanes)
         other_text = self.vector(other, type_)
         half = f"_{element}" if element in HALF else ""
         if pointer.kind == "uniform":
@@ -388,15 +390,16 @@ class Evaluator:
             text = f"-({text} & 1)"
         return self.named(level, vector, op.result.name, text, kind="vector")
 
-    def gather(self, op: Op, pointer: Cell, masks: Cell | None, other: Cell, level: int) -> Cell:
+    def gather(self, op: Op, pointer: Cell, masks: Cell | None, other: Cell, level: int, lanes: str | None) -> Cell:
         type_, width = op.result.type, self.nest.width
         vector = lanes_type(type_.element, width)
         half = f"_{type_.element}" if type_.element in HALF else ""
         addresses = self.vector(pointer, op.operands[0].type)
         mask_text = self.vector(masks, Type("i1")) if masks else f"~i32x{width}{{}}"
-        lanes = self.nest.lanes or width
         memory = "" if half else f", {pointee_type(op.operands[0].type)}"
-        text = f"gather{half}<{vector}{memory}>({addresses}, {mask_text}, {lanes}, {self.vector(other, type_)})"
+        text = (
+            f"gather{half}<{vector}{memory}>({addresses}, {mask_text}, {lanes or width}, {self.vector(other, type_)})"
+        )
         if type_.element == "i1":
             text = f"-({text} & 1)"
         return self.named(level, vector, op.result.name, text, kind="vector")

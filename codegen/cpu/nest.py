@@ -8,6 +8,7 @@ short it is unrolled, so that small arrays indexed by constants stay in register
       for (int32_t j = 0; j < columns; j += 16) {    level 2: one Body for full vectors, one for the rest
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -165,7 +166,8 @@ class Nest:
     def render_vector_loop(self, print_body: PrintBody, copies: int) -> list[str]:
         dim, width = self.vector_dim, self.width
         name, extent = self.index_name[dim], self.extents[dim]
-        if extent.number == extent.size <= UNROLL * width:
+        others = math.prod(self.shape) // self.shape[dim]
+        if extent.number == extent.size <= UNROLL * width and (others == 1 or extent.size == width):
             return self.body_lines(print_body, None, [str(k) for k in range(0, extent.size, width)])
         divisor = extent.number & -extent.number if extent.number else extent.divisor
         steps = [copies * width] if copies > 1 and (extent.number is None or extent.number >= copies * width) else []

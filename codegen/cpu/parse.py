@@ -8,6 +8,7 @@ import re
 
 from ...compiler.errors import UnsupportedKernel
 from .ir import Block, Function, Op, Type, Value
+from .normalize import normalize
 
 LOCATION_LINE = re.compile(r"^(#loc\w*) = loc\((.*)\)$")
 FILE_LOCATION = re.compile(r'"([^"]+)":(\d+):\d+')
@@ -18,7 +19,61 @@ TYPE = re.compile(
     r"tensor<([\dx]*)(!tt\.ptr<([\w.]+)(?:, \d+)?>|[\w.]+)>|!tt\.ptr<([\w.]+)(?:, \d+)?>|\b(index|i\d+|bf16|f\d+)\b"
 )
 C_KEYWORDS = frozenset(
-    ["auto", "bool", "break", "case", "char", "const", "continue", "default", "delete", "do", "double", "else", "enum", "extern", "float", "for", "goto", "if", "inline", "int", "long", "new", "operator", "private", "public", "register", "return", "short", "signed", "sizeof", "static", "struct", "switch", "template", "this", "typedef", "union", "unsigned", "using", "void", "volatile", "while", "and", "or", "not", "xor", "class", "namespace", "try", "catch", "true", "false", "main"]
+    [
+        "auto",
+        "bool",
+        "break",
+        "case",
+        "char",
+        "const",
+        "continue",
+        "default",
+        "delete",
+        "do",
+        "double",
+        "else",
+        "enum",
+        "extern",
+        "float",
+        "for",
+        "goto",
+        "if",
+        "inline",
+        "int",
+        "long",
+        "new",
+        "operator",
+        "private",
+        "public",
+        "register",
+        "return",
+        "short",
+        "signed",
+        "sizeof",
+        "static",
+        "struct",
+        "switch",
+        "template",
+        "this",
+        "typedef",
+        "union",
+        "unsigned",
+        "using",
+        "void",
+        "volatile",
+        "while",
+        "and",
+        "or",
+        "not",
+        "xor",
+        "class",
+        "namespace",
+        "try",
+        "catch",
+        "true",
+        "false",
+        "main",
+    ]
 )
 
 
@@ -114,6 +169,7 @@ class Parser:
                 f"kernel {name}: calls of functions that are not inlined (noinline) are not supported on CPU"
             )
         function = Function(name, args, body, self.text)
+        normalize(function)
         function.number()
         return function
 

@@ -13,7 +13,22 @@ from .spelling import cost, is_elementwise
 
 VIEWS = frozenset(("tt.expand_dims", "tt.broadcast", "tt.trans", "tt.splat", "ttg.convert_layout"))
 STORED_RESULTS = frozenset(
-    ["tt.reduce", "tt.scan", "tt.dot", "tt.atomic_rmw", "tt.atomic_cas", "tt.gather", "tt.join", "tt.split", "tt.cat", "tt.histogram", "scf.for", "scf.if", "scf.while", "tt.map_elementwise"]
+    [
+        "tt.reduce",
+        "tt.scan",
+        "tt.dot",
+        "tt.atomic_rmw",
+        "tt.atomic_cas",
+        "tt.gather",
+        "tt.join",
+        "tt.split",
+        "tt.cat",
+        "tt.histogram",
+        "scf.for",
+        "scf.if",
+        "scf.while",
+        "tt.map_elementwise",
+    ]
 )
 WRITES = frozenset(("tt.store", "tt.atomic_rmw", "tt.atomic_cas", "ttg.barrier", "tt.print"))
 COSTLY = 8
@@ -118,9 +133,9 @@ class Plan:
             return False
         self.costs.clear()
         spent = self.inline_cost(value)
-        if not value.type.is_float and (
-            spent < COSTLY or self.analysis.of(value, tuple(range(len(value.type.shape)))) is not None
-        ):
+        if (
+            not value.type.is_float and cost(op) < COSTLY
+        ):  # addresses keep their affine form; a division alone is stored
             return False
         if spent >= COSTLY and (len(consumers) > 1 or self.broadcast_over_rows(value)):
             return True

@@ -292,7 +292,7 @@ class ReducePrinter:
 
     def dot(self, op: Op) -> None:
         a, b, c = op.operands
-        if len(op.result.type.shape) != 2 or op.result.type.element not in ("f32", "i32", "f16", "bf16"):
+        if len(op.result.type.shape) != 2 or op.result.type.element not in ("f32", "i32"):
             raise unsupported(op, f"of {op.result.type.element}{list(op.result.type.shape)} is not supported")
         m, n = op.result.type.shape
         k = a.type.shape[1]
@@ -310,8 +310,6 @@ class ReducePrinter:
         self.kernel.helpers.update(dict.fromkeys(code.helpers))
         self.kernel.emit_all(["{", *("  " + line for line in code.body), "}"])
         self.kernel.storage[op.result] = target
-        if op.result.type.element in HALF:
-            raise unsupported(op, f"with accumulator {op.result.type.element} is not supported; accumulate in fp32")
 
     def dot_target(self, op: Op, c: Value) -> Stored | None:
         """The carried array that the dot may add to in place: its old value is read by nothing later."""

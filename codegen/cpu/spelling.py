@@ -158,7 +158,23 @@ EXTERN = {
     "fmin": "min_number", "fmax": "max_number", "copysign": "copy_sign", "fma": "fused_multiply_add",
 }  # fmt: skip
 CASTS = frozenset(
-    ["arith.extsi", "arith.extui", "arith.trunci", "arith.sitofp", "arith.uitofp", "arith.fptosi", "arith.fptoui", "arith.extf", "arith.truncf", "arith.bitcast", "tt.bitcast", "tt.fp_to_fp", "arith.index_cast", "tt.ptr_to_int", "tt.int_to_ptr"]
+    [
+        "arith.extsi",
+        "arith.extui",
+        "arith.trunci",
+        "arith.sitofp",
+        "arith.uitofp",
+        "arith.fptosi",
+        "arith.fptoui",
+        "arith.extf",
+        "arith.truncf",
+        "arith.bitcast",
+        "tt.bitcast",
+        "tt.fp_to_fp",
+        "arith.index_cast",
+        "tt.ptr_to_int",
+        "tt.int_to_ptr",
+    ]
 )
 COSTS = {"arith.divf": 4, "tt.precise_divf": 4, "math.fma": 1, "math.sqrt": 6, "math.rsqrt": 8, "tt.precise_sqrt": 6}
 COSTS |= {"arith.divsi": 8, "arith.remsi": 8, "arith.divui": 8, "arith.remui": 8}
@@ -304,10 +320,8 @@ def spell_cast(op: Op, arg: str, width: int) -> str:
     if name == "arith.trunci" and target == "i1":
         return spell_truncation(arg, width)
     if source == "i1":
-        if (
-            name in ("arith.extui", "arith.uitofp", "arith.index_cast")
-            or (width == 1
-            and name not in ("arith.extsi", "arith.sitofp"))
+        if name in ("arith.extui", "arith.uitofp", "arith.index_cast") or (
+            width == 1 and name not in ("arith.extsi", "arith.sitofp")
         ):
             text = f"convert<{to}>({arg} & 1)"
         else:
