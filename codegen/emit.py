@@ -1,6 +1,6 @@
 """A schedule as native code: one C++ function per run of launches, with one parallel region over all of them.
 
-    for each launch:  programs of its grid are dealt to the threads;  barrier
+    for each launch:  threads take programs of its grid, one at a time;  barrier
 
 Sizes, offsets and grids are computed by the function itself from the runtime sizes, so a call passes only
 pointers and sizes. An op without a kernel ends a function; the next one starts behind it.
@@ -34,6 +34,35 @@ C_TYPES: dict[torch.dtype, str] = {
 
 
 EXPORT = 'extern "C" __attribute__((visibility("default")))'
+TEAM = """// The threads of one parallel region: they take programs from a counter and wait for each other. A thread
+// that waits for long gives its core away, so that a busy machine slows a step down instead of stopping it.
+extern "C" int omp_get_num_threads(void);
+extern "C" int sched_yield(void);
+
+struct Team {
+  alignas(64) int arrived = 0;
+  alignas(64) int round = 0;
+
+  void wait(int threads) {
+    const int seen = __atomic_load_n(&round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&round, seen + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&round, __ATOMIC_ACQUIRE) == seen; ++spins) {
+#if defined(__x86_64__)
+      if (spins < 2048) { __builtin_ia32_pause(); continue; }
+#endif
+      sched_yield();
+    }
+  }
+};
+
+static inline int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+"""
+"""What the step functions share."""
+
 PARAMETERS = "void* const* buffers, const int64_t* sizes, char* arena, int threads"
 
 
@@ -98,28 +127,28 @@ class StepPrinter:
             texts.append(self.pointer(argument, kind) if isinstance(argument, Pointer) else self.size(argument))
         return ", ".join(texts)
 
-    def launch(self, launch: Launch, indent: str) -> Iterator[str]:
+    def launch(self, launch: Launch, indent: str, position: int) -> Iterator[str]:
         grid = [self.size(extent) for extent in launch.grid]
         yield f"{indent}{{  // {', '.join(launch.nodes)}"
         yield f"{indent}  const int64_t nx = {grid[0]}, ny = {grid[1]}, nz = {grid[2]};"
-        yield f"{indent}  #pragma omp for schedule(dynamic)"
-        yield f"{indent}  for (int64_t i = 0; i < nx * ny * nz; ++i)"
+        yield f"{indent}  for (int64_t i = take(&next[{position}]); i < nx * ny * nz; i = take(&next[{position}]))"
         place = "i % nx, i / nx % ny, i / (nx * ny), nx, ny, nz"
         yield f"{indent}    {launch.kernel.symbol}({self.arguments(launch)}, {place});"
+        yield f"{indent}  team.wait(threads);"
         yield f"{indent}}}"
 
-    def step(self, step: Step) -> Iterator[str]:
+    def step(self, step: Step, positions: Iterator[int]) -> Iterator[str]:
         if isinstance(step, Choice):
             opening = "if"
             for condition, launches in step.cases:
                 head = "else" if condition == sympy.true else f"{opening} ({self.size(condition)})"
                 yield f"    {head} {{"
                 for launch in launches:
-                    yield from self.launch(launch, "      ")
+                    yield from self.launch(launch, "      ", next(positions))
                 yield "    }"
                 opening = "else if"
         else:
-            yield from self.launch(step, "    ")
+            yield from self.launch(step, "    ", next(positions))
 
     def preamble(self) -> Iterator[str]:
         for position, name in enumerate(self.names.values()):
@@ -130,14 +159,26 @@ class StepPrinter:
             yield f"  end += ({self.size(slot.size)} + {ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT};"
 
     def functions(self) -> str:
-        lines = [f"{EXPORT} int64_t arena_bytes(const int64_t* sizes) {{", *self.preamble(), "  return end;", "}", ""]
+        lines = [
+            TEAM,
+            f"{EXPORT} int64_t arena_bytes(const int64_t* sizes) {{",
+            *self.preamble(),
+            "  return end;",
+            "}",
+            "",
+        ]
         for segment in segments(self.schedule):
+            count = sum(len(step.launches) for step in segment.steps)
+            positions = iter(range(count))
             lines += [
                 f"{EXPORT} void {segment.function}({PARAMETERS}) {{",
                 *self.preamble(),
+                f"  int64_t next[{max(count, 1)}] = {{}};",
+                "  Team team;",
                 "  #pragma omp parallel num_threads(threads)",
                 "  {",
-                *(line for step in segment.steps for line in self.step(step)),
+                "    const int threads = omp_get_num_threads();",
+                *(line for step in segment.steps for line in self.step(step, positions)),
                 "  }",
                 "}",
                 "",
