@@ -112,3 +112,13 @@ def dtype_of(node: fx.Node) -> torch.dtype:
 
 def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call updates one of its arguments in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_output(node: fx.Node) -> bool:
+    """Whether the caller gets the value of the node."""
+    return any(user.op == "output" for user in node.users)

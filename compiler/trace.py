@@ -229,14 +229,14 @@ def _to_graph(
     placeholders = [node for node in nodes.nodes if node.op == "placeholder"]
     for node, spec in zip(placeholders, program.graph_signature.input_specs):
         if spec.kind is InputKind.USER_INPUT:
-            _rename(node, next(inputs))
+            rename_placeholder(node, next(inputs))
             continue
         if not node.users:
             nodes.erase_node(node)
             continue
         target = str(spec.target).removeprefix("model.")
         recipe = _recipe(program, node, spec.target, names.get(target, target), source)
-        _rename(node, names.get(target, target).replace(".", "_"))
+        rename_placeholder(node, names.get(target, target).replace(".", "_"))
         weights[node.name] = recipe
     for node in nodes.nodes:
         node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
@@ -244,7 +244,7 @@ def _to_graph(
     return Graph(module, name=name, weights=weights, notes=_bounds(program))
 
 
-def _rename(placeholder: fx.Node, name: str) -> None:
+def rename_placeholder(placeholder: fx.Node, name: str) -> None:
     placeholder._rename(name)
     placeholder.target = placeholder.name
 

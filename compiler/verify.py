@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .errors import EffcError
-from .graph import DIALECTS, Graph, size_expr
+from .graph import DIALECTS, Graph, size_expr, writes
 from .ops import LEGAL, op_of
 from .rewrite import infer, source_line
 
@@ -60,23 +60,17 @@ def check_legal(graph: Graph, node: fx.Node) -> None:
         if op.name not in LEGAL[graph.dialect]:
             legal = ", ".join(sorted(LEGAL[graph.dialect])) or "no effc op"
             raise broken(graph, node, f"in the {graph.dialect} dialect {legal}", f"effc.{op.name}")
-        if op.mutates and not is_placeholder(node.args[0]) and not op_mutates(node.args[0]):
+        if op.mutates and not is_version(node.args[0]):
             raise broken(graph, node, "a state to write to", node.args[0].name)
-    elif is_mutable(node) and not is_placeholder(node.args[0]):
+    elif writes(node) and not is_version(node.args[0]):
         raise broken(graph, node, "an op that mutates nothing but an input", str(node.target))
 
 
-def is_mutable(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def is_placeholder(value: Any) -> bool:
-    return isinstance(value, fx.Node) and value.op == "placeholder"
-
-
-def op_mutates(node: fx.Node) -> bool:
-    op = op_of(node)
-    return op is not None and op.mutates
+def is_version(value: Any) -> bool:
+    """Whether a write may go there: a placeholder, or what an earlier write to one returned."""
+    if not isinstance(value, fx.Node):
+        return False
+    return value.op == "placeholder" or (writes(value) and is_version(value.args[0]))
 
 
 def check_value(graph: Graph, node: fx.Node) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph
+from ..compiler.graph import Graph, is_output, writes
 from ..compiler.rewrite import PassResult, erase_unused
 
 
@@ -20,14 +20,17 @@ def cleanup(graph: Graph) -> PassResult:
 
 
 def merge_equal_calls(graph: Graph) -> int:
-    """Common subexpression elimination over calls without side effects; how many calls went."""
+    """Common subexpression elimination over calls without side effects; how many calls went.
+
+    Two outputs stay two: the caller may write to one of them.
+    """
     first: dict[Any, fx.Node] = {}
     merged = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or not is_pure(node):
             continue
         earlier = first.setdefault(call_key(node), node)
-        if earlier is not node:
+        if earlier is not node and not (is_output(earlier) and is_output(node)):
             node.replace_all_uses_with(earlier)
             graph.fx.erase_node(node)
             merged += 1
@@ -56,7 +59,7 @@ def is_pure(node: fx.Node) -> bool:
     """Whether equal calls give equal results: no mutation, no random numbers."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return not writes(node) and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
 def call_key(node: fx.Node) -> Any:

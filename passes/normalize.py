@@ -6,6 +6,7 @@
     getitem(split | chunk | unbind)                    -->  slice or select
     clone, contiguous, alias, detach, dropout in eval  -->  x
     add(x, 0), mul(x, 1), x[:], expand to its own size -->  x
+    cat([empty, x])                                    -->  x
     add.Scalar(x, 2), div(x, full([], 2))              -->  add.Tensor(x, 2), div.Tensor(x, 2)
     x * x, square(x), pow(x, 2.0)                      -->  pow(x, 2)
     __and__, logical_and of bools                      -->  bitwise_and
@@ -23,10 +24,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph, is_tensor, size_expr
+from ..compiler.graph import Graph, is_output, is_tensor, size_expr, writes
 from ..compiler.pattern import any_, arguments, const, op, tensor
-from ..compiler.rewrite import Match, PassResult, Rule, insert, replace, rewrite
+from ..compiler.rewrite import Match, PassResult, Rule, rewrite
 from ..compiler.weights import Constant
+from .arguments import tidy_arguments, use_input_sizes
 from .cleanup import erase_dead_code, merge_equal_calls, merge_equal_weights
 
 aten = torch.ops.aten
@@ -70,6 +72,7 @@ ITEM = op(operator.getitem, any_("parts"), const("index"))
 SPLITS = frozenset(
     {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int}
 )
+CAT = op(aten.cat.default, any_("parts"), any_("dim"))
 ADD_ZERO = op(aten.add.Tensor, aten.sub.Tensor, X, 0)
 TIMES_ONE = op(aten.mul.Tensor, aten.div.Tensor, X, 1) | op(aten.pow.Tensor_Scalar, X, 1)
 SQUARE = op(aten.mul.Tensor, X, X) | op(aten.square.default, X)
@@ -94,14 +97,6 @@ ASSERTIONS = frozenset(
         aten.sym_constrain_range_for_size.default,
     }
 )
-IGNORED_ARGUMENTS = {
-    "pin_memory": (None, False),
-    "layout": (None, torch.strided),
-    "cudnn_enable": (True, False),
-    "scale_grad_by_freq": (False, True),
-    "sparse": (False, True),
-}
-"""Arguments that say nothing about the result of inference, with the values for which that holds."""
 
 
 def to_reshape(match: Match) -> fx.Node | None:
@@ -190,8 +185,11 @@ def holds(narrow: torch.dtype, wide: torch.dtype) -> bool:
     )
 
 
-def to_its_input(match: Match) -> fx.Node:
-    return match.root.args[0]
+def to_its_input(match: Match) -> fx.Node | None:
+    """clone(x) --> x, unless the caller could tell: x is written to, or both belong to the caller."""
+    x = match.root.args[0]
+    belongs = is_output(match.root) and (x.op == "placeholder" or is_output(x))
+    return None if belongs or any(map(writes, x.users)) else x
 
 
 def to_input_if_same(match: Match) -> fx.Node | None:
@@ -230,6 +228,21 @@ def to_part(match: Match) -> fx.Node | None:
     if len(ends) == 2:
         return x
     return match.call(aten.slice.Tensor, x, dim, ends[index], ends[index + 1])
+
+
+def to_shorter_cat(match: Match) -> fx.Node | None:
+    """cat([empty, x, y]) --> cat([x, y]);  cat([x]) --> x"""
+    parts, dim = match["parts"], match["dim"]
+    rank = match.root.meta["val"].ndim
+    full = [part for part in parts if part.meta["val"].ndim == rank and not is_zero(part.meta["val"].shape[dim])]
+    if len(full) == 1 and full[0].meta["val"].dtype == match.root.meta["val"].dtype:
+        return full[0]
+    same_dtype = {part.meta["val"].dtype for part in full} == {part.meta["val"].dtype for part in parts}
+    return match.call(aten.cat.default, full, dim) if full and len(full) < len(parts) and same_dtype else None
+
+
+def is_zero(size: Any) -> bool:
+    return isinstance(size, int) and size == 0
 
 
 def to_square(match: Match) -> fx.Node:
@@ -315,6 +328,7 @@ RULES = (
     Rule("expand", EXPAND, to_input_if_same),
     Rule("slice", SLICE, to_slice),
     Rule("part", ITEM, to_part),
+    Rule("cat", CAT, to_shorter_cat),
     Rule("add_zero", ADD_ZERO, to_input_if_same),
     Rule("times_one", TIMES_ONE, to_input_if_same),
     Rule("square", SQUARE, to_square),
@@ -344,101 +358,3 @@ def erase_assertions(graph: Graph) -> int:
     for node in found:
         graph.fx.erase_node(node)
     return len(found)
-
-
-def use_input_sizes(graph: Graph) -> int:
-    """A size known while compiling becomes an int; an input's size is read from the first input that has it."""
-    home: dict[Any, fx.Node] = {}
-    for node in graph.placeholders:
-        if isinstance(node.meta["val"], torch.SymInt):
-            home.setdefault(size_expr(node), node)
-    inputs = [graph.placeholder(name) for name in graph.inputs]
-    where = {
-        size_expr(size): (node, dim)
-        for node in reversed(inputs)
-        if is_tensor(node)
-        for dim, size in reversed(list(enumerate(node.meta["val"].shape)))
-        if not isinstance(size, int)
-    }
-    changes = 0
-    body = next(node for node in graph.nodes if node.op != "placeholder")
-    for node in list(graph.nodes):
-        value = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            continue
-        size = size_expr(node)
-        if size.is_Integer:
-            for user in list(node.users):
-                user.args, user.kwargs = fx.node.map_arg(
-                    (user.args, user.kwargs), lambda used, node=node, size=size: int(size) if used is node else used
-                )
-            graph.fx.erase_node(node)
-            changes += 1
-            continue
-        if size not in home and size in where:
-            home[size] = sized(graph, body, *where[size])
-        if size in home and home[size] is not node:
-            replace(graph, node, home[size])
-            changes += 1
-    return changes
-
-
-def sized(graph: Graph, body: fx.Node, placeholder: fx.Node, dim: int) -> fx.Node:
-    """The node in front of the graph's body that reads one size of an input."""
-    if body.target == aten.sym_size.int and body.args == (placeholder, dim):
-        return body
-    for node in placeholder.users:
-        if node.target == aten.sym_size.int and node.args == (placeholder, dim):
-            body.prepend(node)
-            return node
-    return insert(graph, body, aten.sym_size.int, placeholder, dim)
-
-
-def tidy_arguments(graph: Graph) -> int:
-    """Arguments by position, dimensions from the front, without those that are defaults or say nothing."""
-    changes = 0
-    for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        args, kwargs = tidy(node)
-        if args != node.args or kwargs != node.kwargs:
-            node.args, node.kwargs = args, kwargs
-            changes += 1
-    return changes
-
-
-def tidy(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    found = arguments(node)
-    schema = node.target._schema.arguments
-    args, kwargs, length = [], {}, 0
-    for argument in schema:
-        value = found[argument.name]
-        if argument.name in ("dim", "dims", "dim0", "dim1"):
-            value = from_front(node, value)
-        redundant = argument.has_default_value() and (
-            value == argument.default_value or value in IGNORED_ARGUMENTS.get(argument.name, ())
-        )
-        if node.target == aten.embedding.default and argument.name == "padding_idx":
-            redundant = True
-        if argument.kwarg_only:
-            if not redundant:
-                kwargs[argument.name] = value
-            continue
-        args.append(argument.default_value if redundant else value)
-        if not redundant:
-            length = len(args)
-    return tuple(args[:length]), kwargs
-
-
-def from_front(node: fx.Node, dims: Any) -> Any:
-    first = node.args[0] if node.args else None
-    if isinstance(first, (list, tuple)) and first:
-        first = first[0]
-    if not is_tensor(first):
-        return dims
-    rank = first.meta["val"].ndim + (node.target in (aten.unsqueeze.default, aten.stack.default))
-    if isinstance(dims, int) and rank:
-        return dims % rank
-    if isinstance(dims, (list, tuple)) and rank:
-        return [dim % rank for dim in dims]
-    return dims
