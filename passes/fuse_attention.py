@@ -24,7 +24,7 @@ from ..compiler.graph import Graph, dtype_of, sizes
 from ..compiler.index_algebra import Inference, NotInferred
 from ..compiler.masks import HIDDEN, Masks
 from ..compiler.pattern import CASTS, any_, maybe_cast, op, tensor
-from ..compiler.rewrite import Match, PassResult, Rule, rewrite
+from ..compiler.rewrite import Match, PassResult, Rule, erase_unused, rewrite
 
 aten = torch.ops.aten
 attention = torch.ops.effc.attention.default
@@ -141,7 +141,9 @@ def to_attention(
             explicit.append(mask)
             continue
         causal, key_mask = causal or form.causal, form.key_mask or key_mask
-    return match.call(attention, q, k, v, float(scale), causal, key_mask, combined(match, explicit))
+    fused = match.call(attention, q, k, v, float(scale), causal, key_mask, combined(match, explicit))
+    erase_unused(match.graph, *given)
+    return fused
 
 
 def from_masked(masks: Masks, match: Match) -> fx.Node | None:

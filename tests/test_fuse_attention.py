@@ -1,0 +1,253 @@
+"""fuse_attention: SDPA and its written-out form, grouped heads, masks, and what is left alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from effc.compiler.graph import Graph, is_tensor, sizes
+from effc.compiler.pattern import arguments
+from effc.compiler.trace import trace
+from effc.passes.fuse_attention import fuse_attention
+from effc.passes.normalize import normalize
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from .pass_checks import SEED, check_pass, randomize
+from .tiny_models import tiny_model, traced
+
+aten = torch.ops.aten
+attention = torch.ops.effc.attention.default
+B, S, H, G, D = 2, 6, 4, 2, 8
+SCALE = 1 / math.sqrt(D)
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Heads(nn.Module):
+    """Queries, keys and values of tokens, in heads, for a function of (q, k, v, attention_mask)."""
+
+    def __init__(self, function, groups: int = G) -> None:
+        super().__init__()
+        self.function = function
+        self.embed = nn.Embedding(17, H * D)
+        self.q, self.k, self.v = (nn.Linear(H * D, heads * D, bias=False) for heads in (H, groups, groups))
+        self.register_buffer("triangle", torch.ones(32, 32, dtype=torch.bool).tril())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        q, k, v = (layer(x).unflatten(-1, (-1, D)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.function(self, q, k, v, attention_mask).transpose(1, 2).flatten(2)
+
+
+def repeated(x: Tensor) -> Tensor:
+    """[B, G, T, D] --> [B, H, T, D], as transformers does it."""
+    b, g, t, d = x.shape
+    return x[:, :, None].expand(b, g, H // g, t, d).reshape(b, H, t, d)
+
+
+def causal(x: Tensor) -> Tensor:
+    place = torch.arange(x.shape[-2])
+    return place[None, None, None, :] <= place[None, None, :, None]
+
+
+def padded(mask: Tensor) -> Tensor:
+    return mask.bool()[:, None, None, :]
+
+
+def check(function, matches: int = 1, groups: int = G, **claims) -> dict[str, object]:
+    """The four claims; returns the arguments of the fused op by name (none where nothing is fused)."""
+    module = randomize(Heads(function, groups))
+    graph = trace(module)
+    normalize(graph)
+    ids = torch.randint(0, 17, (B, S), generator=torch.Generator().manual_seed(SEED))
+    mask = torch.ones_like(ids)
+    mask[0, 2] = mask[1, 4] = 0  # every query sees its first key
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    check_pass(fuse_attention, graph, module, inputs, matches=matches, **claims)
+    found = [arguments(node) for node in graph.nodes if node.target is attention]
+    assert len(found) == matches
+    for node in graph.nodes:
+        if found and found[0]["mask"] is None:
+            assert squares(node, graph) == 0, f"{node.name} has a value for each query and key"
+    return found[0] if found else {}
+
+
+def squares(node, graph: Graph) -> int:
+    length = sizes(graph.placeholder("input_ids"))[1]
+    return is_tensor(node) and sizes(node).count(length) > 1
+
+
+def meaning(named: dict[str, object]) -> tuple[bool, str | None, bool]:
+    return named["causal"], named["key_mask"] and named["key_mask"].name, named["mask"] is not None
+
+
+FORMS = {
+    "is_causal": (lambda m, q, k, v, am: sdpa(q, repeated(k), repeated(v), is_causal=True), (True, None)),
+    "everything visible": (lambda m, q, k, v, am: sdpa(q, repeated(k), repeated(v)), (False, None)),
+    "enable_gqa": (lambda m, q, k, v, am: sdpa(q, k, v, is_causal=True, enable_gqa=True), (True, None)),
+    "padding only": (lambda m, q, k, v, am: sdpa(q, repeated(k), repeated(v), padded(am)), (False, "attention_mask")),
+    "repeat_interleave": (
+        lambda m, q, k, v, am: sdpa(
+            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), causal(k) & padded(am), scale=0.5
+        ),
+        (True, "attention_mask"),
+    ),
+    "additive mask": (
+        lambda m, q, k, v, am: sdpa(
+            q, repeated(k), repeated(v), torch.where(causal(k) & padded(am), 0.0, LOWEST).expand(am.shape[0], 1, -1, -1)
+        ),
+        (True, "attention_mask"),
+    ),
+    "written out": (
+        lambda m, q, k, v, am: (
+            F.softmax(
+                q @ repeated(k).transpose(2, 3) * SCALE + torch.where(causal(k) & padded(am), 0.0, LOWEST),
+                dim=-1,
+                dtype=torch.float32,
+            ).to(q.dtype)
+            @ repeated(v)
+        ),
+        (True, "attention_mask"),
+    ),
+    "divided, mask first": (
+        lambda m, q, k, v, am: (
+            (torch.zeros(()).masked_fill(~causal(k), LOWEST) + q @ repeated(k).mT / 2.0).softmax(3) @ repeated(v)
+        ),
+        (True, None),
+    ),
+    "filled with the lowest": (
+        lambda m, q, k, v, am: (
+            (q @ repeated(k).mT).masked_fill(~causal(k), LOWEST).masked_fill(~padded(am), LOWEST).softmax(-1)
+            @ repeated(v)
+        ),
+        (True, "attention_mask"),
+    ),
+    "triangle in a buffer": (
+        lambda m, q, k, v, am: (
+            torch.where(m.triangle[: q.shape[2], : q.shape[2]], q @ repeated(k).mT, LOWEST).softmax(-1) @ repeated(v)
+        ),
+        (True, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_attention(name):
+    function, (is_causal, key_mask) = FORMS[name]
+    gone = (aten.scaled_dot_product_attention.default, aten.softmax.int, aten.expand.default, aten.matmul.default)
+    named = check(function, gone=gone, present={attention: 1})
+    assert meaning(named) == (is_causal, key_mask, False)
+    assert [sizes(named[name])[1] for name in "qkv"] == [H, G, G]
+
+
+def test_one_head_of_keys_for_all_queries():
+    named = check(lambda m, q, k, v, am: sdpa(q, k.expand(-1, H, -1, -1), repeated(v), is_causal=True), groups=1)
+    assert [sizes(named[name])[1] for name in "kv"] == [1, 1]
+
+
+def test_scales():
+    def scale(**options):
+        return check(lambda m, q, k, v, am: sdpa(q, repeated(k), repeated(v), **options))["scale"]
+
+    assert scale() == SCALE
+    assert scale(scale=0.25) == 0.25
+    named = check(lambda m, q, k, v, am: (q @ repeated(k).mT * 3 / 2).softmax(-1) @ repeated(v))
+    assert named["scale"] == 1.5
+
+
+def window(k: Tensor) -> Tensor:
+    place = torch.arange(k.shape[-2])
+    return place[None, :] > place[:, None] - 3
+
+
+MISSES = {
+    "a window": (lambda m, q, k, v, am: sdpa(q, repeated(k), repeated(v), causal(k) & window(k)), "k - q + 2 >= 0"),
+    "a window that has rank 2": (
+        lambda m, q, k, v, am: sdpa(q, repeated(k), repeated(v), window(k) & causal(k)[0, 0]),
+        "neither causal nor padding",
+    ),
+    "a bias that depends on the data": (
+        lambda m, q, k, v, am: sdpa(q, repeated(k), repeated(v), q.mean(-1, keepdim=True)),
+        "is not index arithmetic",
+    ),
+    "a bias and a window": (
+        lambda m, q, k, v, am: (
+            (q @ repeated(k).mT + q.mean(-1, keepdim=True).expand(-1, -1, -1, k.shape[2]))
+            .masked_fill(~window(k), LOWEST)
+            .masked_fill(~causal(k), LOWEST)
+            .softmax(-1)
+            @ repeated(v)
+        ),
+        "is not index arithmetic",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_masks_that_are_not_understood_stay_operands(name):
+    function, reason = MISSES[name]
+    named = check(function, misses=(reason,))
+    assert named["mask"] is not None
+    assert len(sizes(named["mask"])) == 4
+
+
+ALONE = {
+    "dropout": (lambda m, q, k, v, am: sdpa(q, repeated(k), repeated(v), dropout_p=1e-9), "dropout"),
+    "softmax over queries": (
+        lambda m, q, k, v, am: (q @ repeated(k).mT).softmax(-2) @ repeated(v),
+        "not over the keys",
+    ),
+    "softcap": (lambda m, q, k, v, am: (q @ repeated(k).mT).tanh().softmax(-1) @ repeated(v), "softcap"),
+    "sinks": (
+        lambda m, q, k, v, am: (
+            torch.cat((q @ repeated(k).mT, q.mean(-1, keepdim=True)), dim=-1).softmax(-1)[..., :-1] @ repeated(v)
+        ),
+        "attention sinks",
+    ),
+    "another order": (
+        lambda m, q, k, v, am: (
+            ((q @ repeated(k).mT + torch.where(causal(k), 0.0, LOWEST)) * 0.5).softmax(-1) @ repeated(v)
+        ),
+        "scaled after the mask",
+    ),
+    "no product": (lambda m, q, k, v, am: q.exp().softmax(-1) @ q.mT.contiguous().mT.mT @ q, "exp"),
+    "heads in the batch": (
+        lambda m, q, k, v, am: sdpa(q.flatten(0, 1), repeated(k).flatten(0, 1), repeated(v).flatten(0, 1)).unflatten(
+            0, (-1, H)
+        ),
+        "ranks [3, 3, 3]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_near_misses_are_left_alone(name):
+    function, reason = ALONE[name]
+    check(function, matches=0, misses=(reason,))
+
+
+def test_heads_that_are_tiled_are_not_groups():
+    named = check(lambda m, q, k, v, am: sdpa(q, k.repeat(1, 2, 1, 1), repeated(v), is_causal=True))
+    assert [sizes(named[name])[1] for name in "kv"] == [H, H]
+
+
+@pytest.mark.parametrize(
+    "family", ["Llama", "GPT2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Gemma", "GPTJ", "GPTNeoX"))]
+)
+def test_every_layer_of_a_model(family):
+    graph = traced(family)[1].copy()
+    normalize(graph)
+    result = fuse_attention(graph)
+    assert (result.matches, result.misses) == (2, [])
+    for node in graph.nodes:
+        assert squares(node, graph) == 0
+        if node.target is attention:
+            assert meaning(arguments(node)) == (True, "attention_mask", False)
+
+
+def test_only_the_windowed_layers_of_a_model_keep_a_mask():
+    result = fuse_attention(graph := trace(tiny_model("Mistral", sliding_window=4)))
+    assert result.matches == graph.count(attention) == 2
+    assert all("k - q + 3 >= 0" in miss.reason and "modeling_mistral.py" in miss.source for miss in result.misses)
