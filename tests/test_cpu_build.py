@@ -1,4 +1,4 @@
-"""Building and refusing: compilers that are missing or fail, the library cache, kernels that the CPU target does not take."""
+"""Building and refusing: compilers that are missing or fail, the library cache, kernels the target does not take."""
 
 import os
 import stat
@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-
 import triton
 import triton.language as tl
 from effc.codegen.cpu import PRELUDE, build_library, host_target, kernel_from_source, launch, lower
@@ -92,7 +91,7 @@ def test_no_compiler_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.delenv("EFFC_CXX", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ToolchainError, match="no C\\+\\+ compiler found") as error:
+    with pytest.raises(ToolchainError, match=r"no C\+\+ compiler found") as error:
         host_target()
     one_line(error.value)
 
@@ -109,7 +108,7 @@ def test_unknown_instruction_set_is_refused():
 
 
 def test_compiler_error_is_the_first_error_line(tmp_path):
-    with pytest.raises(ToolchainError, match="refused generated code.*error") as error:
+    with pytest.raises(ToolchainError, match=r"refused generated code.*error") as error:
         build_library("int x = ;\nint y = ;\n", host_target(), tmp_path)
     one_line(error.value)
     assert not list(tmp_path.glob("*.so"))

@@ -1,4 +1,4 @@
-"""The CPU target against PyTorch: matrix-vector and tiled products, attention, in the shapes that language models use."""
+"""The CPU target against PyTorch: matrix-vector and tiled products, attention, in the shapes of language models."""
 
 import ctypes
 import math
@@ -6,7 +6,6 @@ import mmap
 
 import pytest
 import torch
-
 import triton
 import triton.language as tl
 from effc.codegen.cpu import launch, lower
@@ -119,7 +118,8 @@ def test_several_vectors_times_a_matrix(isa):
 
 @triton.jit
 def linear_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, M, N, K, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, M, N, K,
+    PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     pid_n = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -182,7 +182,8 @@ def test_int8_dot_is_exact():
 
 @triton.jit
 def flash_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lens_ptr, S, scale, GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    q_ptr, k_ptr, v_ptr, out_ptr, lens_ptr, S, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of GROUP query heads per key head; keys of a sequence end at lens[head]."""
     head = tl.program_id(1)

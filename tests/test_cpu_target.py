@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 import triton
 import triton.language as tl
 from effc.codegen.cpu import host_target, launch, lower

@@ -116,7 +116,7 @@ class AffineAnalysis:
         return Affine(terms=(Term(value.name, self.divisors.get(value, 1)),))
 
     def of(self, value: Value, at: Map) -> Affine | None:
-        """The affine form of `value` (i32, i64 or pointer), its dimensions indexed as `at` says; None if it has none."""
+        """The affine form of `value` (i32, i64 or pointer), indexed by the tile as `at` says; None if it has none."""
         if not value.type.is_tensor:
             return self.scalar(value) if value.type.element in ("i32", "i64", "ptr", "index", "i16") else None
         op = value.op
@@ -184,8 +184,8 @@ def is_trivial_reshape(source: tuple[int, ...], target: tuple[int, ...]) -> bool
 class Conjunct:
     """One `and`ed part of a mask, indexed by the tile as `at`.
 
-    With dim: it says index[dim] < end, a C expression, of which `divisor` is a known power-of-two divisor and `constant`
-    the value where it is known. Without: it is `uniform` over the tile, or not understood.
+    With dim: it says index[dim] < end, a C expression, of which `divisor` is a power-of-two divisor and `constant` the
+    value where it is known. Without: it is `uniform` over the tile, or not understood.
     """
 
     leaf: Value

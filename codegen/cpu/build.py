@@ -53,7 +53,7 @@ def build_library(body: str, target: CpuTarget, cache_dir: Path, threads_hint: i
                 compile_to(body, target, cache_dir, library)
     except OSError as error:
         raise CacheError(
-            f"cannot write the kernel cache {cache_dir}: {error.strerror or error}; set EFFC_CACHE_DIR to another folder"
+            f"cannot write the kernel cache {cache_dir}: {error.strerror or error}; set EFFC_CACHE_DIR elsewhere"
         ) from error
     return library
 

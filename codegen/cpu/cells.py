@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, replace
 
+from .ir import Op, Type
+from .spelling import literal, parse_literal
+
 LARGE = 1 << 30
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the nest stands in one dimension of a value: C text of the (first) index. `level`: the loop that sets it."""
+    """Where the nest stands in one dimension of a value: C text of the first index; `level` is the loop setting it."""
 
     text: str
     level: int = 0
@@ -51,3 +54,57 @@ def number(value: int) -> Cell:
 
 
 TRUE = Cell("uniform", "true", constant=True)
+
+
+def constant_cell(op: Op) -> Cell:
+    element = op.result.type.element
+    value = parse_literal(op.attrs["value"], element)
+    if element.startswith("i") and element != "i1":
+        return number(value)
+    return Cell("uniform", literal(value, element), constant=value)
+
+
+def constant_zero(element: str) -> Cell:
+    if element.startswith("i") and element != "i1":
+        return number(0)
+    return Cell(
+        "uniform", literal(0.0 if element != "i1" else False, element), constant=0.0 if element != "i1" else False
+    )
+
+
+@dataclass
+class Stored:
+    """A tensor in a local array: element (i, j, ...) is array[offset + i * strides[0] + ...]."""
+
+    array: str
+    type: Type
+    strides: tuple[int, ...]
+    offset: int = 0
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def element_place(stored: Stored, at: tuple[Index, ...]) -> tuple[str, int]:
+    """C text of an element's place in its array, and how far apart the lanes' elements are."""
+    offset, stride, terms = stored.offset, 0, []
+    for index, step in zip(at, stored.strides, strict=True):
+        if index.number is not None:
+            offset += index.number * step
+        else:
+            terms.append(index.text if step == 1 else f"{index.text} * {step}")
+        if index.lanes:
+            stride = step
+    if offset or not terms:
+        terms.append(str(offset))
+    return " + ".join(terms), stride
+
+
+def closed(text: str) -> str:
+    simple = text.replace("_", "").isalnum() or (text.startswith("(") and text.endswith(")") and text.count("(") == 1)
+    return text if simple else f"({text})"

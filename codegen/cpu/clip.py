@@ -194,7 +194,7 @@ class Clipper:
             seen.add((inner, at))
             if inner is value and not (top and inside):
                 found.add(at)
-            elif inner.op is not None and is_lazy(inner.op) and (inner not in self.plan.stored or top and inside):
+            elif inner.op is not None and is_lazy(inner.op) and (inner not in self.plan.stored or (top and inside)):
                 if (source := through_view(inner, at)) is not None:
                     visit(*source, False)
                 elif inner.op.name != "tt.splat":

@@ -3,12 +3,12 @@
 import os
 
 from ...compiler.errors import UnsupportedKernel
-from .cells import Cell, number
-from .evaluate import Stored, constant_cell, from_memory, row_major, to_memory
+from .cells import Cell, Stored, constant_cell, row_major
 from .ir import Block, Function, Op, Type, Value
+from .memory import from_memory, to_memory
 from .plan import Plan, is_lazy
 from .roots import RootPrinter
-from .spelling import MEMORY, SCALAR, is_elementwise, lanes_type, pointee_type, scalar_type, spell, unsupported
+from .spelling import SCALAR, is_elementwise, scalar_type, spell, unsupported
 
 PROGRAM = ("pid_x", "pid_y", "pid_z")
 GRID = ("num_x", "num_y", "num_z")
@@ -122,9 +122,9 @@ class KernelPrinter:
         return self.scalar_cell(value).text
 
     def let(self, value: Value, text: str) -> None:
-        self.emit(
-            f"{declaration(f'const {scalar_type(value.type)}' if value.type.element != 'ptr' else scalar_type(value.type), value.name)} = {text};"
-        )
+        type_ = scalar_type(value.type)
+        const = "" if type_.endswith("*") else "const "
+        self.emit(f"{const}{declaration(type_, value.name)} = {text};")
 
     def scalar_op(self, op: Op) -> None:
         name = op.name
@@ -273,6 +273,3 @@ def source_line(path: str, line: int) -> str:
 
     text = linecache.getline(path, line).strip()
     return f"  {text}".replace("\\", "") if text else ""
-
-
-__all__ = ["KernelPrinter", "lanes_type", "number", "pointee_type"]

@@ -35,7 +35,7 @@ class Type:
 
 @dataclass(eq=False)
 class Value:
-    """An SSA value. `name` is unique in the kernel and fit for C; `op` is None for arguments of functions and blocks."""
+    """An SSA value. `name` is unique in the kernel and fit for C; `op` is None for arguments of blocks."""
 
     name: str
     type: Type

@@ -29,8 +29,8 @@ CTYPES |= {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64}
 class CppKernel:
     """A kernel as C++. `params`: name and C type, in the Triton signature's order, without the constexprs.
 
-    `cpp` defines `static void NAME(params..., pid_x, pid_y, pid_z, num_x, num_y, num_z)`, the last six int32_t: one program
-    of the grid. It needs PRELUDE before it.
+    `cpp` defines `static void NAME(params..., pid_x, pid_y, pid_z, num_x, num_y, num_z)`, the last six int32_t: one
+    program of the grid. It needs PRELUDE before it.
     """
 
     name: str
@@ -91,11 +91,10 @@ def cache_folder() -> Path:
 
 
 def launch(kernel: CppKernel, grid: tuple[int, ...], *args, target: CpuTarget | None = None) -> None:
-    """Build (cached) and run a kernel over a grid. args: tensors (anything with data_ptr) and numbers, in order of params."""
+    """Build (cached) and run a kernel over a grid. args: tensors (what has data_ptr) and numbers, ordered as params."""
     if len(args) != len(kernel.params):
-        raise InputError(
-            f"kernel {kernel.name} takes {len(kernel.params)} arguments ({', '.join(n for n, _ in kernel.params)}), got {len(args)}"
-        )
+        names = ", ".join(name for name, _ in kernel.params)
+        raise InputError(f"kernel {kernel.name} takes {len(kernel.params)} arguments ({names}), got {len(args)}")
     function = loaded(kernel, target or host_target(), cache_folder())
     sizes = tuple(grid) + (1,) * (3 - len(grid))
     function(*(arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in args), *sizes)

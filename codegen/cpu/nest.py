@@ -22,7 +22,7 @@ PrintBody = Callable[[int], None]
 
 @dataclass
 class Extent:
-    """How far a dimension goes: `text` elements of `size`; `number` where it is known, `divisor` a power of two of it."""
+    """How far a dimension goes: `text` elements of `size`; `number` where known; `divisor` a power of two in it."""
 
     size: int
     text: str = ""
@@ -120,8 +120,8 @@ class Nest:
     def render(
         self, print_body: PrintBody, copies: int = 1, after: Callable[[int], list[str]] | None = None
     ) -> list[str]:
-        """All lines of the nest. print_body(copy) prints one copy of the innermost level with `add`; the vector loop takes
-        `copies` of them a turn. `after` gives lines that follow the loops inside level k."""
+        """All lines of the nest. print_body(copy) prints one copy of the innermost level with `add`; the vector loop
+        takes `copies` of them a turn. `after` gives lines that follow the loops inside level k."""
         if not self.depth:
             return self.levels[0] + self.body_lines(print_body) + (after(0) if after else [])
         last = self.order[-1]

@@ -92,7 +92,7 @@ def types_in(text: str) -> list[Type]:
 
 
 def parse_module(text: str) -> Function:
-    """The kernel in a module that was inlined to one function. Raises UnsupportedKernel where the text is not understood."""
+    """The kernel in a module inlined to one function. Raises UnsupportedKernel where the text is not understood."""
     return Parser(text).parse()
 
 

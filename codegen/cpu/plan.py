@@ -7,7 +7,7 @@ could overtake on the way to its consumer. All pointers may alias.
 
 from collections.abc import Iterator
 
-from .affine import AffineAnalysis, is_trivial_reshape, through_view
+from .affine import AffineAnalysis, is_trivial_reshape
 from .ir import Block, Function, Op, Value
 from .spelling import cost, is_elementwise
 
@@ -36,7 +36,7 @@ LOAD_COST = 2
 
 
 def is_lazy(op: Op) -> bool:
-    """Printed where it is used: its result is a tensor and depends on nothing but its operands and, for loads, memory."""
+    """Printed where it is used: its result is a tensor that depends on its operands and, for loads, on memory only."""
     if not op.results or not op.result.type.is_tensor:
         return False
     if op.name == "tt.reshape":
@@ -143,7 +143,7 @@ class Plan:
         return deeper and op.name != "tt.load" and spent >= LOAD_COST + 1
 
     def overtaken(self, load: Op, consumer: Op) -> bool:
-        """Whether a write may happen after the load and before its consumer reads; a store that consumes it does not count."""
+        """Whether a write may happen after the load and before its consumer reads, the consumer itself aside."""
         loops = loops_between(consumer, load)
         for write in self.writes:
             if load.position < write.position < consumer.position:
@@ -180,6 +180,3 @@ def loops_between(inner: Op, outer: Op) -> list[Op]:
     """Loops around `inner` that are not around `outer`."""
     around = set(enclosing_loops(outer.parent))
     return [loop for loop in enclosing_loops(inner.parent) if loop not in around]
-
-
-__all__ = ["Plan", "is_lazy", "loops_between", "through_view"]

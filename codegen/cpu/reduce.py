@@ -2,14 +2,11 @@
 
 from dataclasses import replace
 
-from .affine import Map, conjuncts, through_view
-from .cells import Cell
-from .dot import Operand, emit_dot
-from .evaluate import Evaluator, Stored, constant_cell
-from .ir import Block, Op, Type, Value
+from .cells import Cell, Stored, constant_cell
+from .evaluate import Evaluator
+from .ir import Block, Op, Value
 from .nest import Nest
-from .plan import loops_between
-from .spelling import HALF, MEMORY, lanes_type, literal, parse_literal, spell, unsupported
+from .spelling import lanes_type, literal, spell
 
 INFINITY = float("inf")
 IDENTITY = {
@@ -287,117 +284,3 @@ class ReducePrinter:
         self.finish(nest.render(body))
         for result, target in zip(op.results, targets, strict=True):
             self.kernel.storage[result] = target
-
-    # -- dots
-
-    def dot(self, op: Op) -> None:
-        a, b, c = op.operands
-        if len(op.result.type.shape) != 2 or op.result.type.element not in ("f32", "i32"):
-            raise unsupported(op, f"of {op.result.type.element}{list(op.result.type.shape)} is not supported")
-        m, n = op.result.type.shape
-        k = a.type.shape[1]
-        target = self.dot_target(op, c) or self.kernel.array(op.result.type, op.result.name + "_a")
-        if self.kernel.storage.get(c) is not target:
-            self.assign(target, c)
-        left, limits = self.dot_operand(a, (0, 2))
-        right, more = self.dot_operand(b, (2, 1))
-        ends = {dim: list(dict.fromkeys(limits.get(dim, []) + more.get(dim, []))) for dim in (0, 1, 2)}
-        size = {0: m, 1: n, 2: k}
-        rows, cols, depth = (clipped(ends[dim], size[dim]) for dim in (0, 1, 2))
-        code = emit_dot(
-            left, right, target.array, (m, n, k), lanes=self.kernel.lanes, rows=rows, cols=cols, depth=depth
-        )
-        self.kernel.helpers.update(dict.fromkeys(code.helpers))
-        self.kernel.emit_all(["{", *("  " + line for line in code.body), "}"])
-        self.kernel.storage[op.result] = target
-
-    def dot_target(self, op: Op, c: Value) -> Stored | None:
-        """The carried array that the dot may add to in place: its old value is read by nothing later."""
-        block = op.parent
-        loop = block.parent if block is not None else None
-        if loop is None or loop.name != "scf.for":
-            return None
-        for arg, yielded in zip(block.args[1:], block.ops[-1].operands, strict=True):
-            if yielded is not op.result or not arg.type.is_tensor:
-                continue
-            stored = self.kernel.storage[arg]
-            late = [use for use in self.plan.consumers(arg) if use is not op and use.position >= op.position]
-            early_views = [use for use in arg.uses if use.name in ("tt.reshape", "tt.split")]
-            in_operands = any(self.reads_array(operand, stored.array) for operand in op.operands[:2])
-            if not late and not early_views and not in_operands and not self.reads_array(c, stored.array, moved=True):
-                return stored
-        return None
-
-    def dot_operand(self, value: Value, dims: tuple[int, int]) -> tuple[Operand, dict[int, list]]:
-        """Where the dot finds an operand: in memory as it was loaded, else in an array. dims: the dot's dimensions
-        (0 rows, 1 columns, 2 depth) of the operand's two."""
-        at: Map = dims
-        source = value
-        while source not in self.kernel.storage and source.op is not None:
-            if (
-                source.op.name == "arith.extf"
-                and source.type.element == "f32"
-                and source.op.operands[0].type.element in HALF
-            ):
-                source = source.op.operands[0]
-            elif (inner := through_view(source, at)) is not None and None not in inner[1]:
-                source, at = inner
-            else:
-                break
-        if source in self.kernel.storage and source.type.element not in ("i1", "ptr"):
-            return self.stored_operand(self.kernel.storage[source], at, dims), {}
-        if source.op is not None and source.op.name == "tt.load" and source not in self.kernel.storage:
-            if (found := self.loaded_operand(source.op, at, dims)) is not None:
-                return found
-        stored = self.kernel.storage.get(value) or self.materialize_here(value)
-        return self.stored_operand(stored, dims, dims), {}
-
-    def materialize_here(self, value: Value) -> Stored:
-        stored = self.kernel.array(value.type, value.name + "_tile")
-        self.assign(stored, value)
-        return stored
-
-    def stored_operand(self, stored: Stored, at: Map, dims: tuple[int, int]) -> Operand:
-        stride = dict(zip(at, stored.strides, strict=True))
-        dtype = {"i8": "i8"}.get(stored.type.element, "fp32")
-        pointer = stored.array + (f" + {stored.offset}" if stored.offset else "")
-        return Operand(pointer, str(stride[dims[0]]), str(stride[dims[1]]), dtype)
-
-    def loaded_operand(self, load: Op, at: Map, dims: tuple[int, int]) -> tuple[Operand, dict[int, list]] | None:
-        form = self.analysis.of(load.operands[0], at)
-        dtype = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "i8"}.get(load.result.type.element)
-        if form is None or dtype is None:
-            return None
-        limits: dict[int, list] = {}
-        if len(load.operands) > 1:
-            for part in conjuncts(load.operands[1], at, self.analysis):
-                if part.dim is None:
-                    if not part.uniform:
-                        return None
-                    limits.setdefault(2, []).append(f"({self.kernel.text(part.leaf)} ? {load.result.type.numel} : 0)")
-                else:
-                    limits.setdefault(part.dim, []).append(part.end)
-            if len(load.operands) > 2:
-                other = load.operands[2].op
-                while other is not None and other.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
-                    other = other.operands[0].op
-                if (
-                    other is None
-                    or other.name != "arith.constant"
-                    or parse_literal(other.attrs["value"], load.result.type.element) != 0
-                ):
-                    return None
-        strides = [str(form.coefficient(dim)) for dim in dims]
-        return Operand(form.base(), strides[0], strides[1], dtype), limits
-
-
-def clipped(ends: list[str], size: int) -> str | None:
-    """C text of the least of some ends within 0 .. size; None where nothing ends early."""
-    text = None
-    for end in ends:
-        one = f"clip({end}, {size})"
-        text = one if text is None else f"least({text}, {one})"
-    return text
-
-
-__all__ = ["MEMORY", "ReducePrinter", "Type", "loops_between"]

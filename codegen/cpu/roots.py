@@ -1,11 +1,14 @@
 """Print what tensors are computed for: stores, arrays, reductions, dots; each as one loop nest."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import ClassVar
 
 from .affine import Affine, Conjunct, Map, conjuncts, through_view
+from .cells import Stored, row_major
 from .clip import Clipper
-from .evaluate import Evaluator, Stored, row_major
+from .dots import DotPrinter
+from .evaluate import Evaluator
 from .ir import Op, Type, Value
 from .nest import Nest, indented
 from .plan import is_lazy
@@ -13,7 +16,7 @@ from .reduce import ReducePrinter
 from .spelling import BYTES, lanes_type, pointee_type, unsupported
 
 
-class RootPrinter(ReducePrinter, Clipper):
+class RootPrinter(ReducePrinter, DotPrinter, Clipper):
     """Prints roots of one kernel through `kernel.emit`."""
 
     def __init__(self, kernel):
@@ -153,7 +156,7 @@ class RootPrinter(ReducePrinter, Clipper):
         self.kernel.storage[value] = copy
 
     def reads_array(self, value: Value, array: str, moved: bool = False) -> bool:
-        """Whether printing `value` reads `array`; with `moved`, only reads at other elements than the one written count."""
+        """Whether printing `value` reads `array`; with `moved`, only reads of other elements than its own count."""
         identity = tuple(range(len(value.type.shape))) if value.type.is_tensor else ()
         if not value.type.is_tensor:
             return False
@@ -168,7 +171,7 @@ class RootPrinter(ReducePrinter, Clipper):
     # -- stores
 
     def store(self, op: Op) -> None:
-        pointer, value, *masks = op.operands
+        pointer, value = op.operands[:2]
         if not pointer.type.is_tensor:
             self.kernel.scalar_store(op)
             return
@@ -207,7 +210,7 @@ class RootPrinter(ReducePrinter, Clipper):
         self.kernel.emit("}")
 
     def hazards(self, pointer: Value, value: Value, identity: Map) -> list[tuple[Affine, Op] | None]:
-        """Loads inside `value` that the store itself might change before they happen; None for one without an affine form."""
+        """Loads inside `value` that the store itself might overtake; None for one without an affine form."""
         found: list[tuple[Affine, Op] | None] = []
         target = self.analysis.of(pointer, identity)
         for read, at in self.reads(value, identity):
@@ -352,7 +355,7 @@ class RootPrinter(ReducePrinter, Clipper):
         if result is not None:
             self.kernel.storage[op.result] = result
 
-    PRINTERS = {
+    PRINTERS: ClassVar[dict[str, Callable]] = {
         "tt.store": store,
         "tt.reshape": reshape,
         "tt.join": join,
@@ -364,7 +367,7 @@ class RootPrinter(ReducePrinter, Clipper):
         "tt.atomic_cas": atomic,
         "tt.reduce": ReducePrinter.reduce,
         "tt.scan": ReducePrinter.scan,
-        "tt.dot": ReducePrinter.dot,
+        "tt.dot": DotPrinter.dot,
     }
 
 

@@ -145,16 +145,17 @@ COMPARE_FLOAT = {
     "ord": "({0} == {0}) & ({1} == {1})",
     "uno": "({0} != {0}) | ({1} != {1})",
 }
-EXTERN = {
-    "exp": "exponential", "exp2": "exponential2", "log": "logarithm", "log2": "logarithm2", "sin": "sine", "cos": "cosine",
-    "tanh": "hyperbolic_tangent", "erf": "error_function", "sqrt": "square_root", "rsqrt": "reciprocal_root",
-    "fabs": "absolute", "floor": "round_down", "ceil": "round_up", "fast_expf": "exponential", "fast_tanh": "hyperbolic_tangent",
-    "fast_exp": "exponential", "fast_log": "logarithm", "fast_sin": "sine", "fast_cos": "cosine",
-    "log1p": "log1p_lanes", "expm1": "expm1_lanes", "tan": "tan_lanes", "asin": "asin_lanes", "acos": "acos_lanes",
-    "atan": "atan_lanes", "sinh": "sinh_lanes", "cosh": "cosh_lanes", "cbrt": "cbrt_lanes", "rint": "rint_lanes",
-    "nearbyint": "rint_lanes", "round": "round_lanes", "trunc": "trunc_lanes", "lgamma": "lgamma_lanes", "log10": "log10_lanes",
-    "asinh": "asinh_lanes", "acosh": "acosh_lanes", "atanh": "atanh_lanes", "erfc": "erfc_lanes",
-    "pow": "pow_lanes", "fmod": "fmod_lanes", "atan2": "atan2_lanes", "hypot": "hypot_lanes",
+EXTERN = {  # by the name in libdevice, without __nv_ and the f of fp32
+    "exp": "exponential", "exp2": "exponential2", "log": "logarithm", "log2": "logarithm2", "sin": "sine",
+    "cos": "cosine", "tanh": "hyperbolic_tangent", "erf": "error_function", "sqrt": "square_root",
+    "rsqrt": "reciprocal_root", "fabs": "absolute", "floor": "round_down", "ceil": "round_up",
+    "fast_expf": "exponential", "fast_tanh": "hyperbolic_tangent", "fast_exp": "exponential",
+    "fast_log": "logarithm", "fast_sin": "sine", "fast_cos": "cosine", "log1p": "log1p_lanes",
+    "expm1": "expm1_lanes", "tan": "tan_lanes", "asin": "asin_lanes", "acos": "acos_lanes", "atan": "atan_lanes",
+    "sinh": "sinh_lanes", "cosh": "cosh_lanes", "cbrt": "cbrt_lanes", "rint": "rint_lanes",
+    "nearbyint": "rint_lanes", "round": "round_lanes", "trunc": "trunc_lanes", "lgamma": "lgamma_lanes",
+    "log10": "log10_lanes", "asinh": "asinh_lanes", "acosh": "acosh_lanes", "atanh": "atanh_lanes",
+    "erfc": "erfc_lanes", "pow": "pow_lanes", "fmod": "fmod_lanes", "atan2": "atan2_lanes", "hypot": "hypot_lanes",
     "fmin": "min_number", "fmax": "max_number", "copysign": "copy_sign", "fma": "fused_multiply_add",
 }  # fmt: skip
 CASTS = frozenset(
@@ -208,7 +209,7 @@ def is_elementwise(op: Op) -> bool:
 
 
 def spell(op: Op, args: list[str], width: int) -> str:
-    """The expression of an elementwise op on `width` lanes, given its operands' expressions, each of the right C type."""
+    """The expression of an elementwise op on `width` lanes, given its operands' expressions of the right C types."""
     type_ = op.result.type
     element = type_.element
     vector = lanes_type(element, width)

@@ -14,7 +14,8 @@ AVX2_FLAGS = ("avx2", "fma", "f16c", "bmi", "bmi2", "popcnt")
 AVX512_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
 KERNEL_NAMES = {"bmi": "bmi1"}  # /proc/cpuinfo's word for a compiler's flag
 COMMON_FLAGS = (
-    "-O2", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-O2", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=fast", "-fno-math-errno",
+    "-fno-trapping-math",
     "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas",
 )  # fmt: skip
 
@@ -80,7 +81,7 @@ def compiler_version(cxx: str) -> str:
 
 
 def host_target(isa: str | None = None) -> CpuTarget:
-    """The host as a target. `isa`, else $EFFC_ISA, asks for less than the CPU has. Raises ToolchainError, InputError."""
+    """The host as a target. `isa`, else $EFFC_ISA, may ask for less than it has. Raises ToolchainError, InputError."""
     isa = isa or os.environ.get("EFFC_ISA") or best_isa()
     if isa not in LANES:
         raise InputError(
