@@ -243,7 +243,7 @@ REFUSED = {
     ),
     "tokens mixed by a view": (
         lambda m, x, mask, places: attend(m, x).transpose(0, 1).flatten(0, 1).unflatten(0, x.shape[:2]),
-        "cannot follow the view",
+        "mixes tokens with other dimensions",
     ),
     "the number of tokens": (lambda m, x, mask, places: attend(m, x) * x.shape[1], "computes with the length"),
     "the mask elsewhere": (
