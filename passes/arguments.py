@@ -77,10 +77,10 @@ def sized(graph: Graph, body: fx.Node, placeholder: fx.Node, dim: int) -> fx.Nod
 
 
 def tidy_arguments(graph: Graph) -> int:
-    """Arguments by position, dimensions from the front, without those that are defaults or say nothing."""
+    """Arguments of ATen calls by position, dimensions from the front, without defaults and what says nothing."""
     changes = 0
     for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if getattr(node.target, "namespace", None) != "aten" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         args, kwargs = tidy(node)
         if args != node.args or kwargs != node.kwargs:
