@@ -1,0 +1,225 @@
+"""Kernels made to catch a CPU target that moves loads, clips loops or reuses arrays where it may not."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from effc.codegen.cpu import launch, lower
+from effc.codegen.cpu.target import LANES, best_isa
+
+TYPES = {torch.float32: "*fp32", torch.int32: "*i32"}
+ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("EFFC_ISA", request.param)
+    return request.param
+
+
+def run(fn, grid, *args, **constants):
+    names = [name for name in fn.arg_names if name not in constants]
+    pairs = zip(names, args, strict=True)
+    signature = {n: TYPES[a.dtype] if isinstance(a, torch.Tensor) else "i32" for n, a in pairs}
+    launch(lower(fn, signature, constants), grid, *args)
+
+
+def random(*shape, seed=0):
+    print(f"seed {seed}")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@triton.jit
+def two_masks_kernel(x_ptr, a_ptr, b_ptr, sum_ptr, n, m, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    e = tl.exp(tl.load(x_ptr + i, mask=i < n, other=0.0))
+    tl.store(a_ptr + i, e, mask=i < m)
+    tl.store(b_ptr + i, e)
+    tl.store(sum_ptr, tl.sum(tl.where(i < m, e, 0.0), 0))
+
+
+def test_an_array_is_filled_as_far_as_any_consumer_reads(isa):
+    x, a, b, total = random(100), torch.zeros(256), torch.zeros(256), torch.zeros(1)
+    run(two_masks_kernel, (1,), x, a, b, total, 100, 33, BLOCK=256)
+    want = torch.cat([x.exp(), torch.ones(156)])
+    torch.testing.assert_close(b, want)
+    torch.testing.assert_close(a, torch.cat([want[:33], torch.zeros(223)]))
+    torch.testing.assert_close(total[0], want[:33].sum())
+
+
+@triton.jit
+def not_neutral_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    ones = tl.load(x_ptr + i, mask=i < n, other=1.0)
+    zeros = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    tl.store(out_ptr, tl.sum(ones, 0))
+    tl.store(out_ptr + 1, tl.max(zeros, 0))
+    tl.store(out_ptr + 2, tl.min(ones, 0))
+    tl.store(out_ptr + 3, tl.sum(zeros + 1.0, 0))
+    tl.store(out_ptr + 4, tl.sum(ones * zeros, 0))
+    tl.store(out_ptr + 5, tl.sum(tl.where((i < n) | (i > 200), ones, 0.0), 0))
+
+
+def test_masked_elements_that_are_not_neutral_are_counted(isa):
+    x, out = -random(100).abs() - 2, torch.zeros(6)
+    run(not_neutral_kernel, (1,), x, out, 100, BLOCK=256)
+    s = x.sum()
+    want = torch.tensor([s + 156, 0.0, x.min(), s + 256, (x * x).sum(), s + 55])
+    torch.testing.assert_close(out, want)
+
+
+@triton.jit
+def row_softmax_kernel(x_ptr, out_ptr, rows, columns, BR: tl.constexpr, BC: tl.constexpr):
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.arange(0, BC)
+    mask = (r[:, None] < rows) & (c[None, :] < columns)
+    offsets = r[:, None] * columns + c[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=float("-inf"))
+    e = tl.where(mask, tl.exp(x - tl.max(x, 1)[:, None]), 0.0)
+    tl.store(out_ptr + offsets, e / tl.sum(e, 1)[:, None], mask=mask)
+
+
+@pytest.mark.parametrize("columns", [7, 64, 100])
+def test_softmax_in_place(columns, isa):
+    x = random(10, columns)
+    want = x.softmax(-1)
+    run(row_softmax_kernel, (3,), x, x, 10, columns, BR=4, BC=128)
+    torch.testing.assert_close(x, want)
+
+
+@triton.jit
+def rope_kernel(x_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr):
+    row = tl.program_id(0) * 2 * HALF
+    c = tl.arange(0, HALF)
+    a, b = tl.load(x_ptr + row + c), tl.load(x_ptr + row + HALF + c)
+    cos, sin = tl.load(cos_ptr + c), tl.load(sin_ptr + c)
+    tl.store(x_ptr + row + c, a * cos - b * sin)
+    tl.store(x_ptr + row + HALF + c, b * cos + a * sin)
+
+
+def test_rotating_halves_in_place(isa):
+    x, angle = random(5, 64), random(32, seed=1)
+    a, b = x.chunk(2, -1)
+    want = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    run(rope_kernel, (5,), x, angle.cos(), angle.sin(), HALF=32)
+    torch.testing.assert_close(x, want)
+
+
+@triton.jit
+def loop_writes_kernel(x_ptr, out_ptr, steps, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    start = tl.load(x_ptr + i)
+    first = tl.load(x_ptr)
+    for step in range(steps):
+        now = tl.load(x_ptr + i)
+        tl.store(x_ptr + i, now + start * first)
+        if step > 1:
+            tl.store(x_ptr + (i + step) % BLOCK, now - start)
+    tl.store(out_ptr + i, tl.load(x_ptr + i) + start)
+
+
+def test_loads_before_a_loop_keep_their_values_while_it_writes(isa):
+    x, out = random(64), torch.zeros(64)
+    memory, start = x.clone(), x.clone()
+    i = torch.arange(64)
+    for step in range(4):
+        now = memory.clone()
+        memory = now + start * start[0]
+        if step > 1:
+            memory[(i + step) % 64] = now - start
+    run(loop_writes_kernel, (1,), x, out, 4, BLOCK=64)
+    torch.testing.assert_close(x, memory)
+    torch.testing.assert_close(out, memory + start)
+
+
+@triton.jit
+def nested_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    state = tl.load(x_ptr + i)
+    for a in range(n):
+        inner = state
+        last = total
+        for b in range(a + 1):
+            inner, last = last + 1.0, inner * 0.5 + b
+            if b % 2 == 1:
+                inner += state
+        total += inner
+        state, total = total, state + last
+    tl.store(out_ptr + i, state - total)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_nested_loops_that_swap_their_tensors(n, isa):
+    x, out = random(64), torch.zeros(64)
+    total, state = torch.zeros(64), x
+    for a in range(n):
+        inner, last = state, total
+        for b in range(a + 1):
+            inner, last = last + 1.0, inner * 0.5 + b
+            if b % 2 == 1:
+                inner = inner + state
+        total = total + inner
+        state, total = total, state + last
+    run(nested_kernel, (1,), x, out, n, BLOCK=64)
+    torch.testing.assert_close(out, state - total)
+
+
+@triton.jit
+def dot_state_kernel(x_ptr, out_ptr, n, B: tl.constexpr):
+    i = tl.arange(0, B)
+    offsets = i[:, None] * B + i[None, :]
+    x = tl.load(x_ptr + offsets)
+    acc = x
+    before = x * 2.0
+    for _ in range(n):
+        before = acc
+        acc = tl.dot(x, acc, acc, input_precision="ieee")
+        acc = acc * 0.25 + tl.trans(before)
+    tl.store(out_ptr + offsets, acc - before)
+
+
+def test_a_dot_does_not_overwrite_a_carried_tensor_that_is_read_later(isa):
+    x, out = random(16, 16), torch.zeros(16, 16)
+    acc, before = x, x * 2
+    for _ in range(3):
+        before = acc
+        acc = (x @ acc + acc) * 0.25 + before.T
+    run(dot_state_kernel, (1,), x, out, 3, B=16)
+    torch.testing.assert_close(out, acc - before, rtol=1e-4, atol=1e-4)
+
+
+@triton.jit
+def guarded_kernel(x_ptr, out_ptr, flag, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    on = flag > 0
+    x = tl.load(x_ptr + i, mask=(i < n) & on, other=3.0)
+    y = tl.load(x_ptr + i, mask=(i >= 5) & (i < n - 3) & ((i % 3) != 1), other=-1.0)
+    tl.store(out_ptr + i, x + y, mask=(i < n) & (i % 7 != 2))
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+@pytest.mark.parametrize("n", [1, 16, 50, 63])
+def test_masks_of_all_kinds(flag, n, isa):
+    x, out = random(64), torch.full((64,), 9.0)
+    run(guarded_kernel, (2,), x, out, flag, n, BLOCK=32)
+    i = torch.arange(64)
+    a = x if flag else torch.full_like(x, 3.0)
+    b = torch.where((i >= 5) & (i < n - 3) & (i % 3 != 1), x, -1.0)
+    torch.testing.assert_close(out, torch.where((i < n) & (i % 7 != 2), a + b, 9.0))
+
+
+@triton.jit
+def strided_kernel(x_ptr, out_ptr, stride_r, stride_c, rows, columns, BR: tl.constexpr, BC: tl.constexpr):
+    r, c = tl.arange(0, BR), tl.arange(0, BC)
+    mask = (r[:, None] < rows) & (c[None, :] < columns)
+    x = tl.load(x_ptr + r[:, None] * stride_r + c[None, :] * stride_c, mask=mask, other=0.0)
+    tl.store(out_ptr + c[None, :] * rows + r[:, None], x, mask=mask)
+
+
+def test_runtime_strides(isa):
+    x = random(20, 30)
+    out = torch.zeros(10, 13)
+    view = x[3:16, ::3]
+    run(strided_kernel, (1,), view, out, view.stride(0), view.stride(1), 13, 10, BR=16, BC=16)
+    assert torch.equal(out, view.T)
