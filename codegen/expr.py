@@ -1,16 +1,19 @@
-"""Sizes as text: the same sympy expression in Python and in C++.
+"""Sizes and indices as text: the same sympy expression in Python, in C++ and in Triton.
 
 Sizes are non-negative, so floor division and C's truncating division agree.
 """
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 from sympy.printing.str import StrPrinter
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 
 class SizePrinter(StrPrinter):
-    """What both languages share: explicit parentheses around divisions."""
+    """What the languages share: explicit parentheses around divisions, and no function that is not theirs."""
 
     printmethod = "_effc_size"  # torch's FloorDiv brings its own spelling under sympy's name for it
     divide = "//"
@@ -18,12 +21,18 @@ class SizePrinter(StrPrinter):
     def _print_FloorDiv(self, expr: sympy.Expr) -> str:
         return f"({self.parenthesize(expr.args[0], 50)} {self.divide} {self.parenthesize(expr.args[1], 1000)})"
 
-    _print_CleanDiv = _print_CeilToIntDiv = _print_FloorDiv
+    _print_CleanDiv = _print_FloorDiv
+
+    def _print_CeilToIntDiv(self, expr: sympy.Expr) -> str:
+        return f"({self._print(expr.args[0] + expr.args[1] - 1)} {self.divide} {self.parenthesize(expr.args[1], 1000)})"
 
     def _print_Mod(self, expr: sympy.Expr) -> str:
         return f"({self.parenthesize(expr.args[0], 50)} % {self.parenthesize(expr.args[1], 1000)})"
 
     _print_PythonMod = _print_Mod
+
+    def _print_Function(self, expr: sympy.Expr) -> str:
+        raise ValueError(f"a size holds {expr}: expected sums, products, divisions, remainders, minima and maxima")
 
     def _print_Pow(self, expr: sympy.Expr, rational: bool = False) -> str:
         base, exponent = expr.args
@@ -70,6 +79,16 @@ class CppPrinter(PythonPrinter):
         return text
 
 
+class TritonPrinter(SizePrinter):
+    """Indices as Triton code over scalars and tiles."""
+
+    def _print_Max(self, expr: sympy.Expr) -> str:
+        return functools.reduce(lambda a, b: f"tl.maximum({a}, {b})", map(self._print, expr.args))
+
+    def _print_Min(self, expr: sympy.Expr) -> str:
+        return functools.reduce(lambda a, b: f"tl.minimum({a}, {b})", map(self._print, expr.args))
+
+
 def renamed(expr: sympy.Basic, names: dict[sympy.Symbol, str]) -> sympy.Basic:
     return expr.xreplace({symbol: sympy.Symbol(name) for symbol, name in names.items()})
 
@@ -82,3 +101,8 @@ def python_text(expr: sympy.Basic, names: dict[sympy.Symbol, str]) -> str:
 def cpp_text(expr: sympy.Basic, names: dict[sympy.Symbol, str]) -> str:
     """The expression as C++ code over the runtime sizes' names."""
     return CppPrinter().doprint(renamed(sympy.sympify(expr), names))
+
+
+def triton_text(expr: sympy.Basic) -> str:
+    """The expression as Triton code; its symbols are variables of the kernel already."""
+    return TritonPrinter().doprint(expr if expr.has(FloorDiv, Mod) else sympy.expand(expr))

@@ -10,6 +10,7 @@ Low-precision values are computed in fp32 and rounded where eager rounds: after 
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from typing import Any
 
 import sympy
 import torch
-from sympy.printing.str import StrPrinter
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from ..compiler.graph import dtype_of, is_tensor, size_expr, sizes
+from .expr import triton_text
 from .kernel import TL_TYPES, TRITON_TYPES, Kernel, Launch, Layout, Pointer, contiguous_strides
 from .views import Index, broadcast_index, is_view, same, view_index, view_source
 
@@ -30,6 +31,9 @@ ROW, COL = sympy.Symbol("row", integer=True, nonnegative=True), sympy.Symbol("co
 ONE, ZERO = sympy.Integer(1), sympy.Integer(0)
 MAX_COLUMNS = 16384
 """The longest row that a reduction holds in one tile."""
+
+RESERVED = frozenset({"row", "col", "row_mask", "col_mask", "tl", "triton", "float", *keyword.kwlist})
+"""Names that variables of a kernel must not take."""
 
 
 class NoKernel(Exception):
@@ -40,24 +44,6 @@ class NoKernel(Exception):
 
 class Misaligned(NoKernel):
     """A value made in this kernel is needed at another index than the one it is made at."""
-
-
-class TritonPrinter(StrPrinter):
-    """Index expressions as Triton code."""
-
-    printmethod = "_effc_size"
-
-    def _print_FloorDiv(self, expr: sympy.Expr) -> str:
-        return f"({self._print(expr.args[0])} // {self.parenthesize(expr.args[1], 1000)})"
-
-    def _print_Mod(self, expr: sympy.Expr) -> str:
-        return f"({self._print(expr.args[0])} % {self.parenthesize(expr.args[1], 1000)})"
-
-    _print_PythonMod = _print_ModularIndexing = _print_Mod
-
-
-def text(expr: sympy.Expr) -> str:
-    return TritonPrinter().doprint(sympy.expand(expr) if not expr.has(FloorDiv, Mod) else expr)
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,9 @@ class RowKernel:
     def __init__(self, domain: Domain, layouts: Mapping[fx.Node, Any], stores: list[Store], names: Mapping) -> None:
         self.domain = domain
         self.layouts = layouts
-        self.made_here = {store.node for store in stores}
+        self.made_here = {
+            store.node for store in stores if layouts.get(store.node, store.layout).buffer == store.layout.buffer
+        }
         self.names = names
         self.loads: list[str] = []
         self.body: list[str] = []
@@ -114,7 +102,8 @@ class RowKernel:
         self.pointer_types: dict[str, str] = {}
         self.size_symbols: dict[str, sympy.Symbol] = {}
         self.values: dict[tuple[Any, Index, str], Value] = {}
-        self.used: set[str] = {"row", "col", "rows", "cols", "mask", "tl", "pid"}
+        self.used: set[str] = set(RESERVED)
+        self.across: set[str] = {"col", "col_mask"}
         self.row_axes: set[int] = set()
         self.condition: list[str] = []
         self.reduces = False
@@ -170,13 +159,23 @@ class RowKernel:
         dtype = dtype or dtype_of(node)
         if dtype in LOW_PRECISION:
             expression = f"({expression}).to({TL_TYPES[dtype]}).to(tl.float32)"
-        name = self.fresh(short_name(node.name))
+        return Value(self.assign(short_name(node.name), expression), dtype)
+
+    def assign(self, wanted: str, expression: str) -> str:
+        """A new variable; its name is `wanted` or near it."""
+        name = self.fresh(wanted)
         self.body.append(f"{name} = {expression}")
-        return Value(name, dtype)
+        if self.is_across(expression):
+            self.across.add(name)
+        return name
+
+    def is_across(self, code: str) -> bool:
+        """Whether code over the kernel's variables gives one value per column, not one per row."""
+        return not self.across.isdisjoint(re.findall(r"[a-zA-Z_]\w*", code))
 
     def fresh(self, name: str) -> str:
         candidate, count = name, 1
-        while candidate in self.used:
+        while candidate in self.used or re.fullmatch(r"i\d+", candidate):
             count += 1
             candidate = f"{name}_{count}"
         self.used.add(candidate)
@@ -209,7 +208,12 @@ class RowKernel:
                 name = self.names[symbol]
                 self.size_symbols[name] = symbol
                 renamed[symbol] = sympy.Symbol(name, integer=True, nonnegative=True)
-        return text(expr.xreplace(renamed))
+        return triton_text(expr.xreplace(renamed))
+
+    def factor_text(self, expr: sympy.Expr) -> str:
+        """The same, fit to stand behind `//` or `%`."""
+        code = self.size_text(expr)
+        return code if code.isalnum() else f"({code})"
 
     def mask_text(self, expr: sympy.Expr | None) -> str:
         """The lanes of the tile that may touch memory, as far as the index depends on them."""
@@ -218,7 +222,8 @@ class RowKernel:
         on_rows = symbols is None or any(name == "row" or re.fullmatch(r"i\d+|\w+_at_row", name) for name in symbols)
         if on_rows and self.domain.row_count != 1:
             terms.append("row_mask")
-        if (symbols is None or "col" in symbols or self.condition) and self.masks_columns:
+        on_cols = symbols is None or self.condition or not self.across.isdisjoint(symbols)
+        if on_cols and self.masks_columns:
             terms.append("col_mask")
         return " & ".join(terms)
 
@@ -245,21 +250,23 @@ class RowKernel:
     def load_layout(self, layout: Any, index: Index, name: str, dtype: torch.dtype) -> Value:
         expr = layout.element(index)
         pointer = self.pointer(layout, name)
-        mask = self.mask_text(expr)
+        one_element = all(symbol in self.names for symbol in expr.free_symbols)
+        mask = "" if one_element else self.mask_text(expr)
         place = self.index_text(expr)
         call = f"tl.load({pointer} + {place}" if place != "0" else f"tl.load({pointer}"
         call += f", mask={mask}, other=0)" if mask else ")"
         if dtype in LOW_PRECISION:
             call += ".to(tl.float32)"
         variable = self.fresh(name)
+        if self.is_across(f"{place} {mask}"):
+            self.across.add(variable)
         gathers = any(symbol.name.endswith("_at_row") for symbol in expr.free_symbols)
         (self.body if gathers or self.condition else self.loads).append(f"{variable} = {call}")
         return Value(variable, dtype)
 
     def index_from(self, value: Value) -> sympy.Symbol:
         """A loaded or computed integer as a symbol that later indices may use."""
-        name = self.fresh(f"{value.name}_at_row")
-        self.body.append(f"{name} = {value.name}.to(tl.int64)")
+        name = self.assign(f"{value.name}_at_row", f"{value.name}.to(tl.int64)")
         return sympy.Symbol(name, integer=True, nonnegative=True)
 
     def store(self, store: Store) -> None:
@@ -298,11 +305,20 @@ class RowKernel:
         self.reduces = True
         self.block_c = 1 << (int(cols) - 1).bit_length()
 
-    def reduce(self, how: str, value: str, neutral: str) -> str:
-        """Text of a reduction of a tile's rows to one value each, [BLOCK_R, 1]."""
+    def reduce(self, how: str, value: str) -> str:
+        """The variable that holds the sum, max or min of a tile's rows, [BLOCK_R, 1]."""
+        name, neutral = {
+            "sum": ("total", "0.0"),
+            "max": ("largest", 'float("-inf")'),
+            "min": ("smallest", 'float("inf")'),
+        }[how]
+        if not self.is_across(value):
+            value = f"tl.broadcast_to({value}, [BLOCK_R, BLOCK_C])"
         if self.domain.cols != self.block_c:
             value = f"tl.where(col_mask, {value}, {neutral})"
-        return f"tl.{how}({value}, axis=1)[:, None]"
+        name = self.fresh(name)
+        self.body.append(f"{name} = tl.{how}({value}, axis=1)[:, None]")
+        return name
 
     # --- the kernel --------------------------------------------------------------------------------------------
 
@@ -325,13 +341,9 @@ class RowKernel:
         strides = contiguous_strides(self.domain.rows)
         leading = next((i for i, size in enumerate(self.domain.rows) if size != 1), 0)
         for axis in sorted(self.row_axes):
-            expr = f"row // ({self.size_text(strides[axis])})" if strides[axis] != 1 else "row"
+            expr = "row" if strides[axis] == 1 else f"row // {self.factor_text(strides[axis])}"
             if axis != leading:
-                expr = (
-                    f"({expr}) % {self.size_text(self.domain.rows[axis])}"
-                    if expr != "row"
-                    else (f"row % {self.size_text(self.domain.rows[axis])}")
-                )
+                expr = f"{expr} % {self.factor_text(self.domain.rows[axis])}"
             lines.append(f"i{axis} = {expr}")
         size_params = sorted(self.size_symbols)
         params = [*self.pointers, *size_params]
@@ -365,7 +377,7 @@ def short_name(name: str) -> str:
     words = [word for word in name.split("_") if word and not word.isdigit()]
     words = words[-3:] if words and words[-1] in ("weight", "bias") else words[-4:]
     name = "_".join(words) or "value"
-    return f"v_{name}" if name[0].isdigit() or name in ("in", "is", "if", "or", "and", "not", "lambda") else name
+    return f"v_{name}" if name[0].isdigit() else name
 
 
 Emitter = Callable[[RowKernel, fx.Node, Index], Value]

@@ -14,8 +14,8 @@ from torch import fx
 
 from ..compiler.graph import dtype_of, is_tensor, size_expr, sizes
 from .kernel import TL_TYPES
-from .pointwise import COL, EMITTERS, LOW_PRECISION, NoKernel, RowKernel, Value
-from .views import Index, broadcast_index
+from .pointwise import EMITTERS, LOW_PRECISION, NoKernel, RowKernel, Value
+from .views import Index
 
 aten = torch.ops.aten
 effc = torch.ops.effc
@@ -61,6 +61,7 @@ SIMPLE: dict[Any, str] = {
     aten.add.Scalar: "{0} + {1}",
     aten.sub.Tensor: "{0} - {1}",
     aten.sub.Scalar: "{0} - {1}",
+    aten.rsub.Tensor: "{1} - {0}",
     aten.rsub.Scalar: "{1} - {0}",
     aten.mul.Tensor: "{0} * {1}",
     aten.mul.Scalar: "{0} * {1}",
@@ -107,21 +108,32 @@ COMPARISONS: dict[Any, str] = {
 }
 
 
+OF_BOOLEANS: dict[Any, str] = {aten.add.Tensor: "{0} | {1}", aten.mul.Tensor: "{0} & {1}"}
+"""What arithmetic means where all operands are booleans."""
+
+
 @emits(*SIMPLE)
 def simple(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     dtype, rank = dtype_of(node), len(index)
     operands = [operand(kernel, argument, index, rank, dtype) for argument in node.args[:2]]
-    alpha = node.kwargs.get("alpha", 1)
+    alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     if alpha != 1:
-        operands[1] = f"({operands[1]} * {alpha})"
-    return kernel.let(node, SIMPLE[node.target].format(*operands))
+        scaled = 0 if node.target in (aten.rsub.Scalar, aten.rsub.Tensor) else 1
+        operands[scaled] = f"({operands[scaled]} * {alpha})"
+    form = OF_BOOLEANS.get(node.target, SIMPLE[node.target]) if dtype == torch.bool else SIMPLE[node.target]
+    return kernel.let(node, form.format(*operands))
 
 
 @emits(*COMPARISONS)
 def comparison(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     dtype = promoted(node)
-    left, right = (operand(kernel, argument, index, len(index), dtype) for argument in node.args[:2])
+    left, right = (operand(kernel, rounded(argument, dtype), index, len(index), dtype) for argument in node.args[:2])
     return kernel.let(node, f"{left} {COMPARISONS[node.target]} {right}")
+
+
+def rounded(argument: Any, dtype: torch.dtype) -> Any:
+    """A number that is compared with a low-precision tensor, as that tensor's dtype holds it."""
+    return torch.tensor(argument, dtype=dtype).item() if isinstance(argument, float) else argument
 
 
 @emits(aten.logical_and.default, aten.logical_or.default, aten.logical_not.default)
@@ -189,17 +201,22 @@ def gelu(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     return kernel.let(node, f"0.5 * {x} * (1.0 + tl.erf({x} * 0.7071067811865476))")
 
 
+TANH_NEAR = (
+    "{x} + {x} * {square} * (-3.33332819422e-1 + {square} * (1.33314422036e-1 + {square} * (-5.37397155531e-2"
+    " + {square} * (2.06390887954e-2 + {square} * -5.70498872745e-3))))"
+)
+"""tanh for |x| < 0.625 to one ulp of fp32 (Cephes, tanhf), where 1 - 2 / (exp(2x) + 1) would cancel."""
+
+
 @emits(aten.tanh.default)
 def tanh(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    """(1 - e) / (1 + e) with e = exp(-2|x|), and a Taylor polynomial below 1/8, where that would cancel."""
+    if dtype_of(node) == torch.float64:
+        raise NoKernel("tanh of float64 has no kernel")
     x = operand(kernel, node.args[0], index, len(index), dtype_of(node))
-    decay = kernel.let(node, f"tl.exp(-2.0 * tl.abs({x}))", compute_type(dtype_of(node))).name
-    far = f"tl.where({x} < 0, {decay} - 1.0, 1.0 - {decay}) / (1.0 + {decay})"
-    square = kernel.let(node, f"{x} * {x}", compute_type(dtype_of(node))).name
-    series = (
-        f"{x} * (1.0 + {square} * (-1 / 3 + {square} * (2 / 15 + {square} * (-17 / 315 + {square} * (62 / 2835)))))"
-    )
-    return kernel.let(node, f"tl.where({square} < 0.015625, {series}, {far})")
+    square = kernel.assign("square", f"{x} * {x}")
+    near = kernel.assign("near", TANH_NEAR.format(x=x, square=square))
+    far = kernel.assign("far", f"1.0 - 2.0 / (tl.exp(2.0 * {x}) + 1.0)")
+    return kernel.let(node, f"tl.where({square} < 0.390625, {near}, {far})")
 
 
 # --- made from nothing, gathered, joined -----------------------------------------------------------------------
@@ -207,11 +224,16 @@ def tanh(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
 
 @emits(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def arange(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    if any(isinstance(bound, float) for bound in node.args):
+        raise NoKernel("an arange over floats has no kernel")
     bounds = [size_expr(bound) for bound in node.args]
     start = bounds[0] if len(bounds) > 1 else sympy.Integer(0)
     step = bounds[2] if len(bounds) > 2 else sympy.Integer(1)
-    place = kernel.index_text(start + index[0] * step)
-    return kernel.let(node, f"({place} + 0 * col).to({TL_TYPES[compute_type(dtype_of(node))]})")
+    place, dtype = start + index[0] * step, TL_TYPES[compute_type(dtype_of(node))]
+    text = kernel.index_text(place)
+    if index[0].free_symbols:
+        return kernel.let(node, f"({text}).to({dtype})")
+    return kernel.let(node, f"tl.full([1, 1], {text}, {dtype})")
 
 
 @emits(
@@ -246,129 +268,26 @@ def embedding(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
 @emits(aten.cat.default)
 def cat(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     """Each lane takes its value from the part that its index falls into; the others are masked off."""
-    parts = node.args[0]
     dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(index)
-    at = index[dim]
-    start, result = sympy.Integer(0), ""
+    parts = [part for part in node.args[0] if len(sizes(part)) == len(index) and sizes(part)[dim] != 0]
+    at, start, result = index[dim], sympy.Integer(0), ""
     for position, part in enumerate(parts):
         end = start + sizes(part)[dim]
-        bounds = []
-        if position:
-            bounds.append(f"({kernel.index_text(at)} >= {kernel.index_text(start)})")
-        if position < len(parts) - 1:
-            bounds.append(f"({kernel.index_text(at)} < {kernel.index_text(end)})")
-        kernel.condition.append(" & ".join(bounds))
-        value = operand(kernel, part, (*index[:dim], at - start, *index[dim + 1 :]), len(index), dtype_of(node))
-        condition = kernel.condition.pop()
-        result = value if not position else f"tl.where({condition}, {value}, {result})"
+        bounds = [at >= start if position else sympy.true, at < end if position < len(parts) - 1 else sympy.true]
+        here = (*index[:dim], at - start, *index[dim + 1 :])
         start = end
+        if sympy.false in bounds:
+            continue
+        terms = [bound_text(kernel, bound) for bound in bounds if bound != sympy.true]
+        kernel.condition += terms
+        value = operand(kernel, part, here, len(index), dtype_of(node))
+        del kernel.condition[len(kernel.condition) - len(terms) :]
+        result = f"tl.where({' & '.join(terms)}, {value}, {result})" if result and terms else value
     return kernel.let(node, result)
 
 
-# --- reductions over the last axis -----------------------------------------------------------------------------
-
-
-def reduced_axis(node: fx.Node) -> None:
-    x = node.args[0]
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
-    rank = len(sizes(x))
-    if [None if dim is None else dim % rank for dim in dims] != [rank - 1]:
-        raise NoKernel(f"a reduction over axes {dims} has no kernel; the last axis alone has")
-
-
-def row_values(kernel: RowKernel, node: fx.Node, x: fx.Node, index: Index) -> str:
-    """The whole row of `x` that the element at `index` of `node` reduces or normalizes, in the type to compute in."""
-    kernel.whole_row(x)
-    reads_row = (*index[: len(sizes(x)) - 1], COL)
-    value = kernel.value(x, broadcast_index(sizes(x), reads_row))
-    wide = torch.float64 if dtype_of(x) == torch.float64 else torch.float32
-    if value.dtype in (wide, *LOW_PRECISION):
-        return value.name
-    return f"{value.name}.to({TL_TYPES[wide]})"
-
-
-@emits(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
-def reduction(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    reduced_axis(node)
-    x = node.args[0]
-    if not dtype_of(x).is_floating_point:
-        raise NoKernel(f"a reduction of {dtype_of(x)} has no kernel")
-    row = row_values(kernel, node, x, index)
-    if node.target is aten.mean.dim:
-        return kernel.let(node, f"{kernel.reduce('sum', row, '0.0')} / {int(sizes(x)[-1])}")
-    how, neutral = {
-        aten.sum.dim_IntList: ("sum", "0.0"),
-        aten.amax.default: ("max", 'float("-inf")'),
-        aten.amin.default: ("min", 'float("inf")'),
-    }[node.target]
-    return kernel.let(node, kernel.reduce(how, row, neutral))
-
-
-@emits(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
-def softmax(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    x = node.args[0]
-    if node.args[1] % len(sizes(x)) != len(sizes(x)) - 1 or index[-1] != COL:
-        raise NoKernel("a softmax over another axis than the last has no kernel")
-    row = row_values(kernel, node, x, index)
-    wide = compute_type(dtype_of(node))
-    largest = kernel.reduce("max", row, 'float("-inf")')
-    shifted = kernel.let(node, f"{row} - {largest}", wide).name
-    exponential = kernel.let(node, f"tl.exp({shifted})", wide).name
-    total = kernel.reduce("sum", exponential, "0.0")
-    if node.target is aten.log_softmax.int:
-        return kernel.let(node, f"{shifted} - tl.log({total})")
-    return kernel.let(node, f"{exponential} / {total}")
-
-
-@emits(effc.rms_norm.default)
-def rms_norm(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    x, weight, eps = node.args[:3]
-    scale_in_fp32 = node.args[3] if len(node.args) > 3 else node.kwargs.get("scale_in_fp32", False)
-    row = row_values(kernel, node, x, index)
-    wide = torch.float64 if dtype_of(x) == torch.float64 else torch.float32
-    mean = f"{kernel.reduce('sum', f'{row} * {row}', '0.0')} / {int(sizes(x)[-1])}"
-    scale = kernel.let(node, f"1.0 / tl.sqrt({mean} + {eps!r})", wide).name
-    if weight is None:
-        return kernel.let(node, f"{row} * {scale}")
-    normalized = kernel.let(node, f"{row} * {scale}", wide if scale_in_fp32 else dtype_of(x)).name
-    return kernel.let(node, f"{normalized} * {operand(kernel, weight, index[-1:], 1, wide)}")
-
-
-@emits(aten.layer_norm.default)
-def layer_norm(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in fp32, rounded once (as ATen does)."""
-    x, shape = node.args[:2]
-    weight, bias, eps = (*node.args[2:5], *(None, None, 1e-5)[len(node.args[2:5]) :])
-    if len(shape) != 1:
-        raise NoKernel("a layer norm over more than the last axis has no kernel")
-    row = row_values(kernel, node, x, index)
-    wide = torch.float64 if dtype_of(x) == torch.float64 else torch.float32
-    count = int(sizes(x)[-1])
-    mean = kernel.let(node, f"{kernel.reduce('sum', row, '0.0')} / {count}", wide).name
-    centered = kernel.let(node, f"{row} - {mean}", wide).name
-    variance = f"{kernel.reduce('sum', f'{centered} * {centered}', '0.0')} / {count}"
-    result = kernel.let(node, f"{centered} * (1.0 / tl.sqrt({variance} + {eps!r}))", wide).name
-    for parameter, sign in ((weight, "*"), (bias, "+")):
-        if parameter is not None:
-            result = f"{result} {sign} {operand(kernel, parameter, index[-1:], 1, wide)}"
-    return kernel.let(node, result)
-
-
-REDUCTIONS = frozenset(
-    {
-        aten.mean.dim,
-        aten.sum.dim_IntList,
-        aten.amax.default,
-        aten.amin.default,
-        aten.softmax.int,
-        aten._softmax.default,
-        aten.log_softmax.int,
-        effc.rms_norm.default,
-        aten.layer_norm.default,
-    }
-)
-"""Ops that need whole rows: their kernels run over their input's rows and columns."""
+def bound_text(kernel: RowKernel, bound: sympy.Basic) -> str:
+    return f"({kernel.index_text(bound.lhs)} {bound.rel_op} {kernel.index_text(bound.rhs)})"
 
 
 def is_fusible(node: fx.Node) -> bool:

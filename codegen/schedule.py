@@ -11,6 +11,7 @@ A node that turns out to have no kernel is put aside with the reason, and the sc
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,8 @@ from ..compiler.weights import Weight
 from . import attention, linear, rope
 from .kernel import ZERO, Buffer, Fallback, Layout, Schedule, contiguous_strides
 from .pointwise import EMITTERS, Domain, NoKernel, Store
-from .pointwise_ops import REDUCTIONS, is_fusible
+from .pointwise_ops import is_fusible
+from .reductions import REDUCTIONS
 from .scope import Scope, flat_domain, readers
 from .target import Target
 from .views import SPLITS, is_view, view_layout, view_source
@@ -191,7 +193,7 @@ class Plan:
         for order, node in enumerate(graph.nodes):
             if node.op != "call_function" or not returns_tensors(node) or is_view(node):
                 continue
-            if node.target in SPLITS and node not in refused:
+            if (node.target in SPLITS and node not in refused) or node.target is operator.getitem:
                 continue
             if self.is_template(node):
                 if not self.joins_write(node):

@@ -32,7 +32,7 @@ class Scope:
         self.layouts: dict[fx.Node, Layout | Packed] = {}
         self.recipes: dict[str, Weight] = {}
         self.steps: list[Step] = []
-        self.outputs = {self.base(node) for node in graph.outputs if isinstance(node, fx.Node)}
+        self.outputs = {seen for node in graph.outputs if isinstance(node, fx.Node) for seen in (node, self.base(node))}
 
     @staticmethod
     def base(node: fx.Node) -> fx.Node:

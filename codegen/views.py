@@ -68,6 +68,7 @@ def slice_start(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
     start = ZERO if start is None else size_expr(start)
     if start.is_negative:
         start = start + sizes(view_source(node))[dim]
+        start = ZERO if start.is_negative else start
     return start, size_expr(step)
 
 

@@ -12,9 +12,9 @@ from .normalize import normalize
 
 LOCATION_LINE = re.compile(r"^(#loc\w*) = loc\((.*)\)$")
 FILE_LOCATION = re.compile(r'"([^"]+)":(\d+):\d+')
-RESULTS = re.compile(r"^((?:%[\w#.]+(?::\d+)?(?:, )?)+) = ")
+RESULTS = re.compile(r"^((?:%[\w#.$-]+(?::\d+)?(?:, )?)+) = ")
 OP_NAME = re.compile(r'^"?([\w.]+)"?')
-OPERAND = re.compile(r"%[\w.]+(?:#\d+)?")
+OPERAND = re.compile(r"%[\w.$-]+(?:#\d+)?")
 TYPE = re.compile(
     r"tensor<([\dx]*)(!tt\.ptr<([\w.]+)(?:, \d+)?>|[\w.]+)>|!tt\.ptr<([\w.]+)(?:, \d+)?>|\b(index|i\d+|bf16|f\d+)\b"
 )
@@ -161,7 +161,7 @@ class Parser:
         inside = header[
             header.index("(") + 1 : header.rindex(") attributes") if ") attributes" in header else header.rindex(")")
         ]
-        args = [self.define(found[1], types_in(found[2])[0]) for found in re.finditer(r"(%[\w.]+): ([^%]+)", inside)]
+        args = [self.define(found[1], types_in(found[2])[0]) for found in re.finditer(r"(%[\w.$-]+): ([^%]+)", inside)]
         self.at += 1
         body, _ = self.parse_block()
         if any(line.startswith("tt.func") for line in self.lines[self.at :]):
@@ -181,7 +181,7 @@ class Parser:
             line = self.lines[self.at]
             if line.startswith("^bb"):
                 line = re.sub(r" loc\(callsite\([^()]*\)\)| loc\([^()]*(\([^()]*\))?\)", "", line)
-                block.args += [self.define(f[1], types_in(f[2])[0]) for f in re.finditer(r"(%[\w.]+): ([^%]+)", line)]
+                block.args += [self.define(f[1], types_in(f[2])[0]) for f in re.finditer(r"(%[\w.$-]+): ([^%]+)", line)]
                 self.at += 1
             else:
                 block.ops.append(self.parse_op())
@@ -219,19 +219,19 @@ class Parser:
         return op
 
     def parse_for(self, op: Op, line: str) -> None:
-        head = re.match(r"scf\.for (?:unsigned )?(%[\w.]+) = (\S+) to (\S+) step (\S+)", line)
+        head = re.match(r"scf\.for (?:unsigned )?(%[\w.$-]+) = (\S+) to (\S+) step (\S+)", line)
         op.operands = [self.lookup(head[k]) for k in (2, 3, 4)]
         op.attrs["unsigned"] = line.startswith("scf.for unsigned")
         carried = re.search(r"iter_args\((.*?)\) -> \((.*)\)  ?: ", line)
         induction = re.search(r" : (\w+) \{$", line)
-        inits = [self.lookup(init) for init in re.findall(r" = (%[\w.#]+)", carried[1])] if carried else []
+        inits = [self.lookup(init) for init in re.findall(r" = (%[\w.#$-]+)", carried[1])] if carried else []
         op.operands += inits
         self.scopes.append({})
         args = [self.define(head[1], Type(induction[1]) if induction else Type("index"))]
         if carried:
             args += [
                 self.define(name, init.type)
-                for name, init in zip(re.findall(r"(%[\w.]+) = ", carried[1]), inits, strict=True)
+                for name, init in zip(re.findall(r"(%[\w.$-]+) = ", carried[1]), inits, strict=True)
             ]
         self.at += 1
         block, _ = self.parse_block()
@@ -253,7 +253,7 @@ class Parser:
 
     def parse_while(self, op: Op, line: str) -> None:
         inits = re.search(r"scf\.while(?: \((.*?)\))? : \((.*?)\) -> ", line)
-        pairs = re.findall(r"(%[\w.]+) = (%[\w.#]+)", inits[1] or "")
+        pairs = re.findall(r"(%[\w.$-]+) = (%[\w.#$-]+)", inits[1] or "")
         op.operands = [self.lookup(init) for _, init in pairs]
         result = line.rsplit(" -> ", 1)[1]
         op.attrs["types"] = types_in(result)
