@@ -223,3 +223,22 @@ def test_runtime_strides(isa):
     view = x[3:16, ::3]
     run(strided_kernel, (1,), view, out, view.stride(0), view.stride(1), 13, 10, BR=16, BC=16)
     assert torch.equal(out, view.T)
+
+
+@triton.jit
+def names_kernel(x_ptr, out_ptr, load, store, BLOCK: tl.constexpr):
+    pid_x, num_x = tl.program_id(0), tl.num_programs(0)
+    mask = load > store
+    span = pid_x * BLOCK
+    select = span + tl.arange(0, BLOCK)
+    clip = tl.where(select > 5, 1.0, 2.0)
+    int_ = load - store
+    if mask:
+        clip += num_x + int_
+    tl.store(out_ptr + select, tl.load(x_ptr + select, mask=select < load) * clip, mask=select < load)
+
+
+def test_variables_may_be_called_like_the_preludes_functions(isa):
+    x, out = random(50), torch.zeros(50)
+    run(names_kernel, (2,), x, out, 50, 3, BLOCK=32)
+    torch.testing.assert_close(out, x * (torch.where(torch.arange(50) > 5, 1.0, 2.0) + 49))

@@ -7,6 +7,7 @@ are the Triton source's variable names; they repeat in sibling regions and are m
 import re
 
 from ...compiler.errors import UnsupportedKernel
+from .build import PRELUDE
 from .ir import Block, Function, Op, Type, Value
 from .normalize import normalize
 
@@ -75,6 +76,7 @@ C_KEYWORDS = frozenset(
         "main",
     ]
 )
+PRELUDE_NAMES = frozenset(re.findall(r"\b(\w+)(?=[(<])", PRELUDE)) | {"tt", "dot"}
 
 
 def parse_type(match: re.Match) -> Type:
@@ -108,7 +110,7 @@ class Parser:
                 self.lines.append(line.strip())
         self.at = 0
         self.scopes: list[dict[str, Value]] = [{}]
-        self.taken: set[str] = set()
+        self.taken: set[str] = {"pid_x", "pid_y", "pid_z", "num_x", "num_y", "num_z"}
 
     # -- names, types and places
 
@@ -128,7 +130,7 @@ class Parser:
 
     def define(self, name: str, type_: Type, op: Op | None = None) -> Value:
         clean = re.sub(r"\W", "_", name.lstrip("%"))
-        if clean[0].isdigit() or clean in C_KEYWORDS:
+        if clean[0].isdigit() or clean in C_KEYWORDS or clean in PRELUDE_NAMES:
             clean = "v" + clean
         unique, count = clean, 1
         while unique in self.taken:
