@@ -232,10 +232,13 @@ def removable_call(node: fx.Node) -> bool:
 
 
 def source_line(node: fx.Node) -> str:
-    """The line of the model's source that made a node, as `file.py:12: code`; empty if it is not known."""
+    """The line of the model's source that made a node, as `file.py:12: code`; empty if it is not known.
+
+    PyTorch's own modules (`linear.py: return F.linear(...)`) say less than the line that called them.
+    """
     trace = node.meta.get("stack_trace") or ""
     frames = re.findall(r'File "([^"]*)", line (\d+)[^\n]*\n\s*([^\n]*)', trace)
     if not frames:
         return ""
-    path, line, code = frames[-1]
+    path, line, code = next((frame for frame in reversed(frames) if "/torch/" not in frame[0]), frames[-1])
     return f"{path.rsplit('/', 1)[-1]}:{line}: {code.strip()}"
