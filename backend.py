@@ -64,7 +64,7 @@ def compile_graph(
     dump = Path(folder) / f"graph{len(COMPILED)}" if folder else None
 
     name = f"graph{len(COMPILED)}"
-    graph = trace_dynamo(gm, example_inputs, name=name)
+    graph = trace_dynamo(gm, name=name)
     graph, report = pipeline.run(graph, skip=options.get("skip", ()), dump=dump)
     device = device_of(graph)
     scheduled = schedule(graph, CPU if device == "cpu" else CUDA, pack=False)

@@ -1,0 +1,182 @@
+"""torch.compile(model, backend="effc"): right on every length and cache, live weights, refusals, other models."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+
+import effc
+import pytest
+import torch
+import transformers
+from effc.backend import COMPILED
+from torch import nn
+
+from .tolerance import assert_close_to_reference
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def tiny_llama() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(LLAMA).eval().requires_grad_(False)
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_the_backend_is_found_without_importing_effc(tmp_path) -> None:
+    code = (
+        "import torch, sys; m = torch.nn.Linear(4, 4).eval().requires_grad_(False); x = torch.randn(2, 4)\n"
+        "assert 'effc' not in sys.modules\n"
+        "out = torch.compile(m, backend='effc')(x); assert torch.allclose(out, m(x), atol=1e-6); print('found')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.strip() == "found", done.stderr[-2000:]
+
+
+def test_six_lengths_take_at_most_three_compilations() -> None:
+    model = tiny_llama()
+    eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend="effc")
+    before = len(COMPILED)
+    seed = 7
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    for length in (5, 9, 17, 33, 64, 100):
+        ids = torch.randint(0, 128, (1, length), generator=generator)
+        assert_close_to_reference(logits_of(compiled, ids), logits_of(eager, ids), logits_of(exact, ids))
+    assert len(COMPILED) - before <= 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not any(graph.explanation.missing for graph in COMPILED[before:])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_eagers_tokens(cache: str) -> None:
+    model = tiny_llama()
+    eager = copy.deepcopy(model)
+    model.forward = torch.compile(model.forward, backend="effc")
+    seed = 11
+    print(f"seed {seed}")
+    ids = torch.randint(3, 128, (1, 7), generator=torch.Generator().manual_seed(seed))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    assert model.generate(ids, **options).tolist() == eager.generate(ids, **options).tolist()
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_merged_weights_are_the_modules_own_and_never_stale() -> None:
+    model = tiny_llama()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="effc")
+    ids = torch.arange(10)[None]
+    logits_of(compiled, ids)
+    attention = model.model.layers[0].self_attn
+    storages = {p.untyped_storage().data_ptr() for p in (attention.q_proj.weight, attention.k_proj.weight)}
+    assert len(storages) == 1, "q and k are views of one merged tensor"
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(held.values()) == sum(p.nbytes for p in eager.parameters())
+
+    for change in (
+        lambda m: m.model.layers[0].self_attn.k_proj.weight.mul_(1.5),
+        lambda m: m.load_state_dict({name: value * 1.1 for name, value in m.state_dict().items()}),
+        lambda m: setattr(m.model.layers[1].mlp.up_proj.weight, "data", m.model.layers[1].mlp.up_proj.weight * 2),
+        lambda m: setattr(m.lm_head, "weight", nn.Parameter(m.lm_head.weight * 3, requires_grad=False)),
+    ):
+        for module in (model, eager):
+            change(module)
+        torch.testing.assert_close(logits_of(compiled, ids), logits_of(eager, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_training_mode_is_refused_in_one_line() -> None:
+    model = tiny_llama().train()
+    with pytest.raises(Exception, match="found a model in training mode: call model.eval") as caught:
+        torch.compile(model, backend="effc")(torch.arange(4)[None])
+    assert "InputError" in str(caught.value)
+
+
+def test_an_input_that_requires_a_gradient_is_refused() -> None:
+    model = nn.Linear(4, 4).eval()
+    with pytest.raises(Exception, match="found an input that requires one: detach it"):
+        torch.compile(model, backend="effc")(torch.randn(2, 4, requires_grad=True))
+
+
+def test_parameters_that_require_gradients_compile_with_one_warning() -> None:
+    model = nn.Linear(4, 4).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        out = torch.compile(model, backend="effc")(torch.randn(2, 4))
+    assert [str(w.message) for w in caught if "no gradient" in str(w.message) or "carry none" in str(w.message)]
+    assert not out.requires_grad
+
+
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(Exception, match="unknown option 'quantise' of backend effc"):
+        torch.compile(nn.Linear(4, 4).eval(), backend="effc", options={"quantise": 1})(torch.randn(2, 4))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(20, 50), nn.GELU(), nn.LayerNorm(50), nn.Linear(50, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).cumsum(0)  # cumsum has no kernel
+
+
+def other_models() -> dict[str, tuple[nn.Module, dict[str, torch.Tensor]]]:
+    torch.manual_seed(3)
+    bert = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37
+        )
+    )
+    vit = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37, image_size=30, patch_size=2
+        )
+    )
+    return {
+        "mlp": (Mlp(), {"x": torch.randn(7, 20)}),
+        "bert": (bert, {"input_ids": torch.randint(0, 99, (2, 11))}),
+        "vit": (vit, {"pixel_values": torch.randn(2, 3, 30, 30)}),
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "bert", "vit"])
+def test_any_model_is_accepted_and_what_has_no_kernel_is_listed(name: str) -> None:
+    model, inputs = other_models()[name]
+    model = model.eval().requires_grad_(False)
+    exact = copy.deepcopy(model).double()
+    wide = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+
+    def outputs(module: nn.Module, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
+        result = module(**arguments)
+        return result if isinstance(result, torch.Tensor) else result.last_hidden_state
+
+    before = len(COMPILED)
+    with torch.no_grad():
+        found = outputs(torch.compile(copy.deepcopy(model), backend="effc"), inputs)
+        assert_close_to_reference(found, outputs(model, inputs), outputs(exact, wide))
+    missing = {entry.op for graph in COMPILED[before:] for entry in graph.explanation.missing}
+    expected = {"mlp": "aten.cumsum.default", "vit": "aten.convolution.default"}.get(name)
+    assert expected is None or any(op in str(effc.explain()) for op in (expected, "conv2d")), missing
