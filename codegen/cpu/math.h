@@ -103,25 +103,30 @@ template <typename F> static inline F exp_scaled(F r, F n) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1;
+#ifdef __AVX512F__
+  if constexpr (sizeof(F) == 64) return (F)__builtin_ia32_scalefps512_mask(p, n, p, -1, 4);
+#endif
   I i = convert<I>(n), half = i >> 1;
   return p * bits<F>((half + 127) << 23) * bits<F>((i - half + 127) << 23);
 }
 template <typename F> static inline F exponential(F x) {
   if constexpr (sizeof(Element<F>) == 8) return exp_f64(x);
   else {
-    x = x > 89.0f ? F{} + 89.0f : x;
-    x = x < -104.0f ? F{} - 104.0f : x;
+    auto vanishes = x < -104.0f;  // as for masked scores; told apart because underflow is slow
+    x = vanishes ? F{} : x > 89.0f ? F{} + 89.0f : x;
     F n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
-    return exp_scaled(x - n * 0.693359375f + n * 2.12194440e-4f, n);
+    F y = exp_scaled(x - n * 0.693359375f + n * 2.12194440e-4f, n);
+    return vanishes ? F{} : y;
   }
 }
 template <typename F> static inline F exponential2(F x) {
   if constexpr (sizeof(Element<F>) == 8) return exp2_f64(x);
   else {
-    x = x > 129.0f ? F{} + 129.0f : x;
-    x = x < -151.0f ? F{} - 151.0f : x;
+    auto vanishes = x < -151.0f;
+    x = vanishes ? F{} : x > 129.0f ? F{} + 129.0f : x;
     F n = (x + 12582912.0f) - 12582912.0f;
-    return exp_scaled((x - n) * 0.693147180559945309f, n);
+    F y = exp_scaled((x - n) * 0.693147180559945309f, n);
+    return vanishes ? F{} : y;
   }
 }
 
