@@ -26,12 +26,16 @@ HIDDEN = torch.finfo(torch.float16).min
 """An additive mask hides a key where it adds this or less: what the lowest half-precision number is, -65504."""
 
 CHECKED_SIZES = range(2, 8)
-CHECKS = 2
+CHECKS, ATTEMPTS = 4, 16
+"""A reading is compared with the graph this often; sizes that do not go together, which cannot be run, are skipped."""
 
 
 @dataclass(frozen=True)
 class MaskForm:
-    """A mask as conditions: key k is visible to query q if (not causal or k <= q) and key_mask[b, k] != 0."""
+    """A mask as conditions: key k is visible to query q if (not causal or k <= q) and key_mask[b, k] != 0.
+
+    key_mask: an input of at least [B, T]; what is beyond is not read.
+    """
 
     causal: bool = False
     key_mask: fx.Node | None = None
@@ -69,7 +73,7 @@ def infer_mask(graph: Graph, mask: fx.Node, scores: Shape) -> MaskForm:
     b, _, q, k = indices
     causal, key_mask = False, None
     for part in sympy.And.make_args(condition):
-        padding = padding_input(inference, part, (b, k), (scores[0], scores[3]))
+        padding = padding_input(inference, part, (b, k))
         if part == sympy.true:
             continue
         if isinstance(part, sympy.Ge) and part.lhs == q - k:
@@ -98,14 +102,12 @@ def visible(value: Value, mask: fx.Node) -> Value:
     return sympy.Or(*allowed)
 
 
-def padding_input(
-    inference: Inference, condition: Value, indices: tuple[sympy.Expr, ...], shape: Shape
-) -> fx.Node | None:
-    """The input [B, T] of which `condition` says that its element (b, k) is not zero."""
+def padding_input(inference: Inference, condition: Value, indices: tuple[sympy.Expr, ...]) -> fx.Node | None:
+    """The input of rank 2 of which `condition` says that its element (b, k) is not zero."""
     if not isinstance(condition, sympy.Ne) or condition.rhs != 0:
         return None
     leaf = inference.leaves.get(getattr(condition.lhs, "name", ""))
-    if leaf is None or tuple(condition.lhs.args) != indices or sizes(leaf) != tuple(shape):
+    if leaf is None or tuple(condition.lhs.args) != indices or len(sizes(leaf)) != 2:
         return None
     return leaf
 
@@ -114,30 +116,52 @@ def padding_input(
 
 
 def check_mask(graph: Graph, mask: fx.Node, form: MaskForm, scores: Shape) -> None:
-    """Compare `form` with the graph's own mask at random sizes and inputs. Raises NotInferred where they differ."""
-    for seed in range(CHECKS):
-        values = evaluate_at_random(graph, mask, seed, form.key_mask)
-        found = values[mask]
-        found = found if found.dtype == torch.bool else found == 0
-        length, context = (int(size.subs(values[sympy.Symbol])) for size in scores[2:])
-        expected = torch.ones(length, context, dtype=torch.bool)[None, None]
-        if form.causal:
-            expected = expected.tril()
-        if form.key_mask is not None:
-            expected = expected & (values[form.key_mask] != 0)[:, None, None, :]
-        if not bool((found == expected).all()):
+    """Compare `form` with the graph's own mask at several sizes and inputs. Raises NotInferred where they differ."""
+    compared, failure = 0, None
+    for seed in range(ATTEMPTS):
+        try:
+            values, symbols = evaluate_at_random(graph, mask, form.key_mask, seed=seed)
+        except NotInferred as reason:
+            failure = reason
+            continue
+        if not agrees(form, mask, values, [size.subs(symbols) for size in scores]):
             raise NotInferred(mask, f"it was read as {form}, but the graph computes another mask (seed {seed})")
+        compared += 1
+        if compared == CHECKS:
+            return
+    if compared < 2:
+        raise failure
 
 
-def evaluate_at_random(graph: Graph, node: fx.Node, seed: int, *also: fx.Node | None) -> dict[Any, Any]:
-    """The values of `node` and of what it is computed from, at random sizes and with random inputs of 0 and 1.
+def agrees(form: MaskForm, mask: fx.Node, values: dict[fx.Node, Any], scores: list[sympy.Expr]) -> bool:
+    """Whether the value of `mask`, broadcast to `scores` [B, H, S, T], is what `form` says."""
+    batch, _, length, context = scores
+    if not (length.is_Integer and context.is_Integer and (batch.is_Integer or form.key_mask is None)):
+        raise NotInferred(mask, f"its inputs do not determine the sizes {scores} of the scores")
+    expected = torch.ones(int(length), int(context), dtype=torch.bool)[None, None]
+    if form.causal:
+        expected = expected.tril()
+    if form.key_mask is not None:
+        expected = expected & (values[form.key_mask][: int(batch), : int(context)] != 0)[:, None, None, :]
+    found = values[mask] if values[mask].dtype == torch.bool else values[mask] == 0
+    try:
+        return bool((found == expected).all())
+    except RuntimeError:  # the sizes do not broadcast
+        return False
 
-    The values of the size symbols are under the key `sympy.Symbol`. Raises NotInferred where the node needs a
-    parameter of the model or cannot be evaluated.
+
+def evaluate_at_random(
+    graph: Graph, *nodes: fx.Node | None, seed: int
+) -> tuple[dict[fx.Node, Any], dict[sympy.Symbol, int]]:
+    """The values of `nodes` and of what they are computed from, with random inputs of 0 and 1, and the sizes used.
+
+    The first two seeds use the sizes of the traced example, others random ones. Raises NotInferred where a parameter
+    of the model is needed, or where the sizes do not go together.
     """
     chooser = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    symbols: dict[sympy.Symbol, int] = {}
+    wanted = ancestors(*(node for node in nodes if node is not None))
+    symbols = example_sizes(wanted) if seed < 2 else {}
 
     def size(value: Any) -> int:
         expr = size_expr(value)
@@ -150,14 +174,13 @@ def evaluate_at_random(graph: Graph, node: fx.Node, seed: int, *also: fx.Node | 
         if isinstance(weight, Constant):
             return weight.tensor
         if weight is not None:
-            raise NotInferred(node, f"it depends on the parameter {placeholder.name}")
+            raise NotInferred(nodes[0], f"it depends on the parameter {placeholder.name}")
         fake = placeholder.meta["val"]
         if not isinstance(fake, Tensor):
             return size(fake)
         return torch.randint(0, 2, [size(dim) for dim in fake.shape], generator=generator).to(fake.dtype)
 
-    values: dict[Any, Any] = {}
-    wanted = ancestors(node, *(extra for extra in also if extra is not None))
+    values: dict[fx.Node, Any] = {}
     try:
         for step in graph.nodes:
             if step not in wanted:
@@ -168,8 +191,19 @@ def evaluate_at_random(graph: Graph, node: fx.Node, seed: int, *also: fx.Node | 
                 args, kwargs = fx.node.map_arg((step.args, step.kwargs), values.__getitem__)
                 values[step] = step.target(*args, **kwargs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise NotInferred(node, f"it cannot be evaluated at the sizes {symbols}: {error}") from error
-    return {**values, sympy.Symbol: symbols}
+        raise NotInferred(nodes[0], f"it cannot be evaluated at the sizes {symbols}: {error}") from error
+    return values, symbols
+
+
+def example_sizes(nodes: set[fx.Node]) -> dict[sympy.Symbol, int]:
+    """The sizes of the inputs among `nodes` when they were traced, where those are known."""
+    found = {}
+    for node in nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        for size in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(size, torch.SymInt) and size.node.has_hint() and isinstance(size_expr(size), sympy.Symbol):
+                found[size_expr(size)] = int(size.node.hint)
+    return found
 
 
 def ancestors(*nodes: fx.Node) -> set[fx.Node]:

@@ -141,6 +141,7 @@ def to_attention(
             explicit.append(mask)
             continue
         causal, key_mask = causal or form.causal, form.key_mask or key_mask
+    key_mask = of_the_keys(match, key_mask, q, k)
     fused = match.call(attention, q, k, v, float(scale), causal, key_mask, combined(match, explicit))
     erase_unused(match.graph, *given)
     return fused
@@ -155,8 +156,18 @@ def from_masked(masks: Masks, match: Match) -> fx.Node | None:
         return match.decline(f"the mask stays an operand: {reason}")
     if None not in (form.key_mask, match["key_mask"]) and form.key_mask is not match["key_mask"]:
         return match.decline("the mask stays an operand: it hides other keys than the key mask given")
-    key_mask = form.key_mask or match["key_mask"]
+    key_mask = match["key_mask"] or of_the_keys(match, form.key_mask, q, k)
     return match.call(attention, q, k, match["v"], match["scale"], match["causal"] or form.causal, key_mask)
+
+
+def of_the_keys(match: Match, key_mask: fx.Node | None, q: fx.Node, k: fx.Node) -> fx.Node | None:
+    """The part [B, T] of a key mask that may be of a longer context: its sizes are those of q and k."""
+    for dim, (source, source_dim) in enumerate(((q, 0), (k, 2))):
+        if key_mask is not None and sizes(key_mask)[dim] != sizes(source)[source_dim]:
+            size = source.meta["val"].shape[source_dim]
+            end = size if isinstance(size, int) else match.call(aten.sym_size.int, source, source_dim)
+            key_mask = match.call(aten.slice.Tensor, key_mask, dim, 0, end)
+    return key_mask
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

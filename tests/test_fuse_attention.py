@@ -12,10 +12,11 @@ from effc.compiler.trace import trace
 from effc.passes.fuse_attention import fuse_attention
 from effc.passes.normalize import normalize
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .pass_checks import SEED, check_pass, randomize
+from .pass_checks import SEED, check_pass, example, randomize
 from .tiny_models import tiny_model, traced
 
 aten = torch.ops.aten
@@ -251,3 +252,33 @@ def test_only_the_windowed_layers_of_a_model_keep_a_mask():
     result = fuse_attention(graph := trace(tiny_model("Mistral", sliding_window=4)))
     assert result.matches == graph.count(attention) == 2
     assert all("k - q + 3 >= 0" in miss.reason and "modeling_mistral.py" in miss.source for miss in result.misses)
+
+
+def test_a_key_mask_of_a_longer_context_is_cut_to_the_keys():
+    """One new token over a cache that grew by concatenation, as `generate` has it under torch.compile."""
+
+    def decode(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        k = torch.cat((y, x[:, :G]), dim=2)
+        place = torch.arange(k.shape[2])
+        row = torch.arange(x.shape[0])[:, None, None, None]
+        visible = (place <= y.shape[2])[None, None, None, :] & z.bool()[row, place[None, None, None, :]]
+        return sdpa(x, k, k, visible, enable_gqa=True)
+
+    past = 5
+    inputs = example(B, H, 1, D), example(B, G, past, D, seed=1), torch.ones(B, 9, dtype=torch.int64)
+    inputs[2][0, 1] = 0
+    graph = static_graph(decode, *inputs)
+    graph = check_pass(fuse_attention, graph, nn.Module(), inputs, matches=1, present={attention: 1})
+    (named,) = (arguments(node) for node in graph.nodes if node.target is attention)
+    assert (named["causal"], named["mask"]) == (False, None)
+    assert sizes(named["key_mask"]) == (B, past + 1)
+
+
+def static_graph(function, *inputs: Tensor) -> Graph:
+    """The normalized graph of a function with inputs x, y, z of fixed sizes."""
+    graph = Graph(make_fx(lambda *given: (function(*given),), tracing_mode="fake", pre_dispatch=True)(*inputs))
+    for node, name in zip(graph.placeholders, "xyz"):
+        node._rename(name)
+        node.target = node.name
+    normalize(graph)
+    return graph
