@@ -29,7 +29,7 @@ def {{ name }}({{ header }}):
     col = tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
 #% for part in parts
-    {{ part.weight }} = weight_ptr + (panel + {{ part.first_panel }}).to(tl.int64) * {{ block_n * k }}
+    {{ part.weight }} = weight_ptr + panel.to(tl.int64) * {{ block_n * k }}{{ " + " ~ part.start if part.start }}
     {{ part.acc }} = tl.zeros({{ "[BLOCK_N]" if packed else "[BLOCK_N, BLOCK_K]" }}, tl.float32)
 #% endfor
 
@@ -70,7 +70,7 @@ def {{ name }}({{ header }}):
     in_rows = row[:, None] < {{ m }}
     x_rows = x_ptr + row[:, None].to(tl.int64) * {{ x_stride }}
 #% for part in parts
-    {{ part.weight }} = weight_ptr + (panel + {{ part.first_panel }}).to(tl.int64) * {{ block_n * k }}
+    {{ part.weight }} = weight_ptr + panel.to(tl.int64) * {{ block_n * k }}{{ " + " ~ part.start if part.start }}
     {{ part.acc }} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 #% endfor
 
@@ -141,7 +141,7 @@ def epilogue(
 def flat_rows(scope: Scope, node: fx.Node) -> Layout:
     """An operand [..., K] as a matrix [M, K] whose rows are contiguous, copied if its axes do not merge."""
     layout = scope.layout(node)
-    matrix = (sympy.prod(layout.sizes[:-1]), layout.sizes[-1])
+    matrix = (sympy.sympify(sympy.prod(layout.sizes[:-1])), layout.sizes[-1])
     strides = reshape_strides(layout.sizes, layout.strides, matrix)
     if strides is None or strides[1] != 1:
         layout = scope.copy(node)
@@ -160,6 +160,8 @@ def lower(scope: Scope, node: fx.Node) -> None:
         raise NoKernel(f"linear of {dtype_of(x)} by {dtype_of(weight)} has no kernel")
     if not all(size.is_Integer for size in sizes(weight)):
         raise NoKernel("the sizes of a linear's weight must be known when compiling")
+    if residual is not None and sizes(residual) != sizes(node):
+        raise NoKernel(f"a residual of {sizes(residual)} added to {sizes(node)} has no kernel")
     case = Case(scope, node, gated, bias, residual, activation)
     case.x = flat_rows(scope, x)
     case.weight = scope.weight(weight)
@@ -205,8 +207,7 @@ class Case:
         return arguments
 
     def common(self, block_n: int) -> dict[str, object]:
-        panels = self.n // block_n
-        names = (("gate", 0), ("up", panels)) if self.gated else (("acc", 0),)
+        names = (("gate", 0), ("up", self.n * self.k)) if self.gated else (("acc", 0),)
         suffix = {"acc": "", "gate": "_gate", "up": "_up"}
         return {
             "k": self.k,
@@ -215,18 +216,14 @@ class Case:
             "packed": isinstance(self.weight, Packed),
             "masks_n": self.n % block_n != 0,
             "parts": [
-                {"acc": name, "weight": f"weight{suffix[name]}", "tile": f"w{suffix[name]}", "first_panel": first}
-                for name, first in names
+                {"acc": name, "weight": f"weight{suffix[name]}", "tile": f"w{suffix[name]}", "start": start}
+                for name, start in names
             ],
         }
 
     def block_n(self, wanted: int) -> int:
-        """Columns of one program: the packed panel's width, or one that cuts gate and up alike."""
-        if isinstance(self.weight, Packed):
-            return self.weight.block
-        while self.gated and self.n % wanted:
-            wanted //= 2
-        return wanted
+        """Columns of one program: the packed panel's width, or the one wanted."""
+        return self.weight.block if isinstance(self.weight, Packed) else wanted
 
     def depth(self, wanted: int) -> int:
         """Depth of one step: the largest divisor of K among the powers of two up to `wanted`, if it is worth it."""
