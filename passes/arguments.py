@@ -43,7 +43,6 @@ def use_input_sizes(graph: Graph) -> int:
         if not isinstance(size, int)
     }
     changes = 0
-    body = next(node for node in graph.nodes if node.op != "placeholder")
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
@@ -58,6 +57,7 @@ def use_input_sizes(graph: Graph) -> int:
             changes += 1
             continue
         if size not in home and size in where:
+            body = next(node for node in graph.nodes if node.op != "placeholder")
             home[size] = sized(graph, body, *where[size])
         if size in home and home[size] is not node:
             replace(graph, node, home[size])
