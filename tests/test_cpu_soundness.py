@@ -242,3 +242,24 @@ def test_variables_may_be_called_like_the_preludes_functions(isa):
     x, out = random(50), torch.zeros(50)
     run(names_kernel, (2,), x, out, 50, 3, BLOCK=32)
     torch.testing.assert_close(out, x * (torch.where(torch.arange(50) > 5, 1.0, 2.0) + 49))
+
+
+@triton.jit
+def far_kernel(x_ptr, w_ptr, out_ptr, start, stride, N: tl.constexpr):
+    i, j = tl.arange(0, N), tl.arange(0, N)
+    at = (start + i).to(tl.int64)
+    x = tl.load(x_ptr + at[:, None] * stride + j[None, :])
+    w = tl.load(w_ptr + i[:, None] * N + j[None, :])
+    again = tl.load(x_ptr + (start + i)[:, None].to(tl.int64) * stride + (j[None, :] + 0 * i[:, None]))
+    tl.store(out_ptr + i[:, None] * N + j[None, :], tl.dot(w, x, input_precision="ieee") + again)
+
+
+def test_offsets_past_32_bits(isa):
+    x, w, out = random(16, 16), random(16, 16, seed=1), torch.zeros(16, 16)
+    start, stride = 3 << 20, 4096 + 16
+    wide = torch.zeros(16, stride)
+    wide[:, :16] = x
+    base = wide.data_ptr() - 4 * start * stride
+    signature = {"x_ptr": "*fp32", "w_ptr": "*fp32", "out_ptr": "*fp32", "start": "i32", "stride": "i32"}
+    launch(lower(far_kernel, signature, {"N": 16}), (1,), base, w, out, start, stride)
+    torch.testing.assert_close(out, w @ x + x, rtol=1e-4, atol=1e-4)

@@ -135,7 +135,7 @@ class AffineAnalysis:
             form = self.of(op.operands[0], at)
             if form is None or op.result.type.element != "i64":
                 return form
-            terms = tuple(Term(f"(int64_t)({t.text})" if " " in t.text else t.text, t.divisor) for t in form.terms)
+            terms = tuple(Term(f"(int64_t){wrapped(t.text)}", t.divisor) for t in form.terms)
             coefficients = tuple(
                 (d, c if isinstance(c, int) else f"(int64_t){wrapped(c)}") for d, c in form.coefficients
             )

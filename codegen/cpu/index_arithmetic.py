@@ -49,7 +49,8 @@ class IndexArithmetic:
             if op.operands[0].type.element == "i1":
                 return None
             text = a.text if a.constant is not None else f"(int64_t)({a.text})"
-            return replace(a, text=text)
+            stride = a.stride if isinstance(a.stride, int) else f"(int64_t)({a.stride})"
+            return replace(a, text=text, stride=stride)
         b = cells[1]
         ramps = [cell for cell in cells if cell.kind == "ramp"]
         element = op.result.type.element

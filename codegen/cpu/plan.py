@@ -93,15 +93,15 @@ class Plan:
 
         yield from visit(value)
 
-    def consumers(self, value: Value) -> set[Op]:
-        """The ops whose printing prints `value`: stores, reductions, dots, yields, stored tensors."""
-        found: set[Op] = set()
+    def consumers(self, value: Value) -> list[Op]:
+        """The ops whose printing prints `value`, in program order: stores, reductions, dots, yields, stored tensors."""
+        found: dict[Op, None] = {}
         for use in value.uses:
             if is_lazy(use) and use.result not in self.stored:
-                found |= self.consumers(use.result)
+                found.update(dict.fromkeys(self.consumers(use.result)))
             else:
-                found.add(use)
-        return found
+                found[use] = None
+        return sorted(found, key=lambda op: op.position)
 
     def inline_cost(self, value: Value) -> int:
         """Simple instructions per element to print `value` once more."""
