@@ -23,6 +23,9 @@ from .runtime.kv_cache import reuse_or_allocate
 DISTURBED = 0.15
 """Cores that other processes may use before a measurement counts as disturbed."""
 
+WARM_UPS = 2
+"""Runs that do not count: torch.compile compiles anew when it meets a cache that was used before."""
+
 
 class Engine(Protocol):
     """A model that decodes one sequence."""
@@ -164,11 +167,12 @@ def compare(
     repeats: int,
     progress: Callable[[str], object] = lambda what: None,
 ) -> tuple[list[Speed], Surroundings]:
-    """Time engines in turns on one prompt [1, S], after one run each that does not count. new_tokens at least 2."""
+    """Time engines in turns on one prompt [1, S], after runs that do not count. new_tokens at least 2."""
     speeds = [Speed(engine.name, input_ids.shape[1], new_tokens) for engine in engines]
     for engine in engines:
         progress(f"warming up {engine.name}")
-        run_once(engine, input_ids, min(4, new_tokens))
+        for _ in range(WARM_UPS):
+            run_once(engine, input_ids, min(4, new_tokens))
     with surroundings() as found:
         for repeat in range(repeats):
             for engine, speed in zip(engines, speeds):
