@@ -3,7 +3,7 @@
 import os
 
 from ...compiler.errors import UnsupportedKernel
-from .cells import Cell, Stored, constant_cell, row_major
+from .cells import Cell, Stored, constant_cell, constant_zero, row_major
 from .ir import Block, Function, Op, Type, Value
 from .memory import from_memory, to_memory
 from .plan import Plan, is_lazy
@@ -14,9 +14,7 @@ PROGRAM = ("pid_x", "pid_y", "pid_z")
 GRID = ("num_x", "num_y", "num_z")
 AXES = {"x": 0, "y": 1, "z": 2}
 LARGE = 1 << 30
-IGNORED = frozenset(
-    ("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.return", "cf.assert", "tt.assert", "tt.print", "ub.poison")
-)
+IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.return", "ub.poison"))
 MAX_STACK = 1 << 20
 
 
@@ -115,6 +113,8 @@ class KernelPrinter:
     def scalar_cell(self, value: Value) -> Cell:
         if value.op is not None and value.op.name == "arith.constant":
             return constant_cell(value.op)
+        if value.op is not None and value.op.name == "ub.poison":
+            return constant_zero(value.type.element)
         divisor = self.analysis.divisors.get(value, 1)
         return Cell("uniform", value.name, divisor=divisor, nonnegative=value in self.nonnegative)
 

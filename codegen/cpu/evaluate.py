@@ -1,7 +1,7 @@
 """Print the expression of a tensor value at a point of a nest, down to loads, stored arrays and scalars."""
 
 from .affine import compare_conjunct, through_view
-from .cells import TRUE, ZERO, Cell, Index, Stored, constant_cell
+from .cells import TRUE, ZERO, Cell, Index, Stored, constant_cell, constant_zero
 from .index_arithmetic import IndexArithmetic
 from .ir import Op, Type, Value
 from .memory import MemoryAccess
@@ -71,6 +71,8 @@ class Evaluator(MemoryAccess, IndexArithmetic):
             return constant_cell(op)
         if op.name == "tt.make_range":
             return self.range(op, at[0])
+        if op.name == "ub.poison":
+            return constant_zero(value.type.element)
         if (inner := through_view(value, at)) is not None:
             source, indices = inner
             return self.at(source, tuple(ZERO if index is None else index for index in indices))
