@@ -76,13 +76,26 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """Where a store lands on one axis: `positions`, read at the index of axis `by`, says it.
+
+    The position is a first slot that the own index is added to (`adds`), as new keys land behind the cached ones, or
+    it is the slot itself, as for `index_copy_`.
+    """
+
+    axis: int
+    positions: Layout
+    by: int
+    adds: bool
+
+
+@dataclass(frozen=True)
 class Store:
-    """Write the value of `node` to `layout`. slot: (axis, tensor) adds `tensor[first index]` to the index on that
-    axis, which is how new keys and values land behind the cached ones."""
+    """Write the value of `node` to `layout`, at another place on one axis if there is a `slot`."""
 
     node: fx.Node
     layout: Layout
-    slot: tuple[int, Layout] | None = None
+    slot: Slot | None = None
 
 
 class RowKernel:
@@ -274,13 +287,9 @@ class RowKernel:
         value = self.value(store.node, index)
         place = list(index)
         if store.slot is not None:
-            axis, tensor = store.slot
-            first = self.load_layout(tensor, index[:1], "past", torch.int64)
-            symbol = sympy.Symbol(f"{first.name}_at_row", integer=True, nonnegative=True)
-            if symbol.name not in self.used:
-                self.used.add(symbol.name)
-                self.body.append(f"{symbol.name} = {first.name}")
-            place[axis] = place[axis] + symbol
+            slot = store.slot
+            read = self.load_layout(slot.positions, index[slot.by : slot.by + 1], "slot", torch.int64)
+            place[slot.axis] = self.index_from(read) + (index[slot.axis] if slot.adds else ZERO)
         expr = store.layout.element(tuple(place))
         pointer = self.pointer(store.layout, "out" if len(self.made_here) == 1 else short_name(store.node.name))
         on_columns = None if COL in expr.free_symbols or self.domain.cols == 1 else expr

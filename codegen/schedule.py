@@ -12,7 +12,7 @@ A node that turns out to have no kernel is put aside with the reason, and the sc
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..compiler.ops import OPS
 from ..compiler.weights import Weight
 from . import attention, linear, rope
 from .kernel import ZERO, Buffer, Fallback, Layout, Schedule, contiguous_strides
-from .pointwise import EMITTERS, Domain, NoKernel, Store
+from .pointwise import EMITTERS, Domain, NoKernel, Slot, Store
 from .pointwise_ops import is_fusible
 from .reductions import REDUCTIONS
 from .scope import Scope, flat_domain, readers
@@ -42,7 +42,30 @@ TEMPLATES: dict[Any, Callable[[Scope, fx.Node], None]] = {
     effc.cached_attention.default: attention.lower,
     effc.rope.default: rope.lower,
 }
-"""Ops with a kernel of their own; `pointwise.EMITTERS` has the others, and `kv_write` is a store of either."""
+"""Ops with a kernel of their own; `pointwise.EMITTERS` has the others."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """How a kernel writes to a cache. operands: (new values, positions) of a node; slot: where they land."""
+
+    operands: Callable[[fx.Node], tuple[fx.Node, fx.Node]]
+    slot: Callable[[fx.Node, Layout], Slot]
+
+
+WRITES: dict[Any, Write] = {
+    effc.kv_write.default: Write(
+        lambda node: (node.args[1], node.args[2]),
+        lambda node, positions: Slot(axis=2, positions=positions, by=0, adds=True),
+    ),
+    aten.index_copy_.default: Write(
+        lambda node: (node.args[3], node.args[2]),
+        lambda node, positions: Slot(
+            axis=node.args[1] % len(sizes(node)), positions=positions, by=node.args[1] % len(sizes(node)), adds=False
+        ),
+    ),
+}
+"""Writes in place: effc's own, and the one that Hugging Face's static cache is made of."""
 
 CHEAP = frozenset(
     {
@@ -88,10 +111,12 @@ def schedule(graph: Graph, target: Target, pack: bool = True) -> Scheduled:
         try:
             return attempt(graph, target, pack, realized, refused)
         except Refusal as refusal:
-            if refusal.inlined:
+            if refusal.inlined and refusal.node not in realized:
                 realized.add(refusal.node)
-            else:
+            elif refusal.node not in refused:
                 refused[refusal.node] = refusal.reason
+            else:
+                raise AssertionError(f"{refusal.node} has neither a kernel nor a fallback: {refusal.reason}") from None
 
 
 class Refusal(Exception):
@@ -189,7 +214,7 @@ class Plan:
         self.graph, self.forced, self.refused = graph, realized, refused
         self.units: list[Unit] = []
         self.unit_of: dict[fx.Node, Unit] = {}
-        self.written = written_placeholders(graph)
+        self.written = written_inputs(graph)
         for order, node in enumerate(graph.nodes):
             if node.op != "call_function" or not returns_tensors(node) or is_view(node):
                 continue
@@ -210,7 +235,7 @@ class Plan:
         self.unit_of[unit.node] = unit
 
     def is_template(self, node: fx.Node) -> bool:
-        return node not in self.refused and (node.target in TEMPLATES or node.target is effc.kv_write.default)
+        return node not in self.refused and (node.target in TEMPLATES or node.target in WRITES)
 
     def is_pointwise(self, node: fx.Node) -> bool:
         return node not in self.refused and is_fusible(node)
@@ -224,11 +249,18 @@ class Plan:
             and (users[0].target is effc.kv_write.default and users[0] not in self.refused)
         )
 
+    def is_written_by(self, write: fx.Node, node: fx.Node) -> bool:
+        """Whether a write to a cache stores a node's value, which its kernel can compute then."""
+        if write.target not in WRITES or write in self.refused:
+            return False
+        new, positions = WRITES[write.target].operands(write)
+        return Scope.base(new) is node and Scope.base(positions) is not node
+
     def is_realized(self, node: fx.Node) -> bool:
         if node in self.forced or any(argument in self.written for argument in node.all_input_nodes):
             return True
         users = readers(node)
-        if any(not self.is_pointwise(user) and user.target is not effc.kv_write.default for user in users):
+        if any(not self.is_pointwise(user) and not self.is_written_by(user, node) for user in users):
             return True
         if len(set(users)) <= 1:
             return False
@@ -236,6 +268,10 @@ class Plan:
 
     def inputs(self, node: fx.Node) -> set[fx.Node]:
         """The units whose results a unit reads, through views and inlined nodes."""
+        return {source for source in self.sources(node) if source in self.unit_of}
+
+    def sources(self, node: fx.Node) -> set[fx.Node]:
+        """The units and placeholders that a unit reads, through views and inlined nodes."""
         found: set[fx.Node] = set()
         seen: set[fx.Node] = set()
         stack = list(node.all_input_nodes)
@@ -244,23 +280,25 @@ class Plan:
             if current in seen:
                 continue
             seen.add(current)
-            if current in self.unit_of:
+            if current in self.unit_of or current.op == "placeholder":
                 found.add(current)
             else:
                 stack.extend(current.all_input_nodes)
         return found
 
 
-def written_placeholders(graph: Graph) -> set[fx.Node]:
-    """Inputs that an ATen op of the graph changes: what reads them before must not be computed behind the change."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and node.target is not effc.kv_write.default:
-            for argument, formal in zip(node.args, schema.arguments):
-                if formal.alias_info is not None and formal.alias_info.is_write:
-                    found.add(argument)
-    return found
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a call changes its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.arguments:
+        return False
+    alias = schema.arguments[0].alias_info
+    return alias is not None and alias.is_write
+
+
+def written_inputs(graph: Graph) -> set[fx.Node]:
+    """Tensors that a call changes: what reads them before must not be computed behind the change."""
+    return {Scope.base(node.args[0]) for node in graph.nodes if writes_in_place(node)}
 
 
 def returns_tensors(node: fx.Node) -> bool:
@@ -284,6 +322,7 @@ def merge_units(plan: Plan) -> list[Unit]:
     dependence.add_nodes_from(unit.node for unit in plan.units)
     for unit in plan.units:
         dependence.add_edges_from((source, unit.node) for source in plan.inputs(unit.node))
+    dependence.add_edges_from(reads_before_writes(plan))
     for unit in plan.units:
         if not unit.stores or unit.node not in dependence:
             continue
@@ -297,6 +336,17 @@ def merge_units(plan: Plan) -> list[Unit]:
     return [
         plan.unit_of[node] for node in networkx.lexicographical_topological_sort(dependence, key=lambda n: order[n])
     ]
+
+
+def reads_before_writes(plan: Plan) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """A unit that reads an input before another one changes it has to run before that one."""
+    for write in plan.units:
+        if not writes_in_place(write.node):
+            continue
+        changed = Scope.base(write.node.args[0])
+        for unit in plan.units:
+            if unit.order < write.order and any(changed in plan.sources(node) for node in unit.stores or [unit.node]):
+                yield unit.node, write.node
 
 
 def mergeable(dependence: networkx.DiGraph, first: fx.Node, second: fx.Node) -> bool:
@@ -340,23 +390,34 @@ def lower_pointwise(scope: Scope, plan: Plan, unit: Unit) -> None:
 
 def lower_template(scope: Scope, plan: Plan, node: fx.Node) -> None:
     try:
-        if node.target is effc.kv_write.default:
-            lower_kv_write(scope, plan, node)
+        if node.target in WRITES:
+            lower_write(scope, plan, node)
         else:
             TEMPLATES[node.target](scope, node)
     except NoKernel as problem:
         culprit = problem.node or node
-        raise Refusal(culprit, str(problem), inlined=culprit is not node) from None
+        raise Refusal(culprit, str(problem), inlined=plan.is_pointwise(culprit)) from None
 
 
-def lower_kv_write(scope: Scope, plan: Plan, node: fx.Node) -> None:
-    cache, new, past = node.args
-    scope.layouts[node] = cache_layout = scope.layouts[cache]
-    if new in plan.unit_of or not (is_tensor(new) and plan.is_template(new) and plan.joins_write(new)):
-        store = Store(new, cache_layout, slot=(2, scope.layout(past)))
-        scope.add(scope.pointwise([store], name="write_to_cache"))
+def lower_write(scope: Scope, plan: Plan, node: fx.Node) -> None:
+    """Store new keys or values into a cache; what comes straight from a rope is computed by the same kernel."""
+    cache, write = node.args[0], WRITES[node.target]
+    new, positions = write.operands(node)
+    cache_layout = scope.layouts.get(cache)
+    if not isinstance(cache_layout, Layout):
+        raise NoKernel("the tensor that it writes to does not lie in memory")
+    if plan.is_template(new) and plan.joins_write(new):
+        try:
+            rope.lower(scope, new, cache_layout, scope.layout(positions))
+        except NoKernel as problem:
+            problem.node = problem.node or new
+            raise
     else:
-        rope.lower(scope, new, cache_layout, scope.layout(past))
+        slot = write.slot(node, scope.layout(positions))
+        if slot.axis == len(sizes(new)) - 1:
+            raise NoKernel("a write along the last axis has no kernel")
+        scope.add(scope.pointwise([Store(new, cache_layout, slot)], name="write_to_cache"))
+    scope.layouts[node] = cache_layout
 
 
 def lower_fallback(scope: Scope, plan: Plan, node: fx.Node) -> None:
@@ -391,4 +452,4 @@ def fallback_result(scope: Scope, node: fx.Node, name: str, value: torch.Tensor)
 def has_kernel(op: str) -> bool:
     """Whether an op of the vocabulary has a kernel; a test holds that each has."""
     target = OPS[op].target
-    return target in TEMPLATES or target in EMITTERS or target is effc.kv_write.default
+    return target in TEMPLATES or target in EMITTERS or target in WRITES
