@@ -32,7 +32,7 @@ def {{ name }}({{ header }}):
     key = tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)
     value_dim = tl.arange(0, BLOCK_V)
-    q_tile = q_ptr + batch * {{ q[0] }} + head * {{ q[1] }} + row[:, None] * {{ q[2] }} + dim[None, :]
+    q_tile = q_ptr + batch * {{ q[0] }} + head * {{ q[1] }} + row[:, None].to(tl.int64) * {{ q[2] }} + dim[None, :]
     k_head = k_ptr + batch * {{ k[0] }} + (head // {{ ratio }}) * {{ k[1] }}
     v_head = v_ptr + batch * {{ v[0] }} + (head // {{ ratio }}) * {{ v[1] }}
 #% if mask
@@ -61,7 +61,7 @@ def {{ name }}({{ header }}):
             mask_rows + at[None, :] * {{ mk[3] }},
             mask=(row[:, None] < {{ s }}) & (at[None, :] < last_key), other=0.0,
         )
-        scores += bias.to(tl.float32) * 1.4426950408889634
+        scores += bias.to(tl.float32)
 #% endif
         visible = at[None, :] < last_key
 #% if cached
@@ -83,16 +83,16 @@ def {{ name }}({{ header }}):
         scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(largest - shift)
+        weights = {{ exp }}(scores - shift[:, None])
+        decay = {{ exp }}(largest - shift)
         total = total * decay + tl.sum(weights, axis=1)
         v = tl.load(v_head + at[:, None].to(tl.int64) * {{ v[2] }} + value_dim[None, :], mask={{ v_mask }}, other=0.0)
         out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision="ieee")
         largest = new_largest
 
     out = tl.where(total[:, None] == 0.0, 0.0, out / total[:, None])
-    out_tile = out_ptr + batch * {{ o[0] }} + head * {{ o[1] }} + row[:, None] * {{ o[2] }} + value_dim[None, :]
-    tl.store(out_tile, out.to({{ out_type }}), mask={{ out_mask }})
+    out_tile = out_ptr + batch * {{ o[0] }} + head * {{ o[1] }} + row[:, None].to(tl.int64) * {{ o[2] }}
+    tl.store(out_tile + value_dim[None, :], out.to({{ out_type }}), mask={{ out_mask }})
 """
 
 SPLIT = """
@@ -226,6 +226,7 @@ def shared_values(arguments: Arguments, operands: dict, layouts: dict[str, Layou
         "size": size,
         "value_size": value_size,
         "masks_v": value_size != power_of_two(value_size),
+        "exp": "tl.exp2",
         "scale": repr(float(operands["scale"]) * math.log2(math.e)),
         "q": strides("q", layouts["q"]),
         "k": strides("k", layouts["k"]),
@@ -256,6 +257,8 @@ def tiled(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out: Layou
         kind = "bool" if mask.buffer.dtype == torch.bool else "float"
         broadcast = [0 if size == 1 else stride for size, stride in zip(mask.sizes, mask.strides)]
         broadcast = [0] * (4 - len(broadcast)) + broadcast
+        if kind == "float":  # scores in base 2 would overflow at the most negative number, which hides keys
+            values["scale"], values["exp"] = repr(float(operands["scale"])), "tl.exp"
         values["mk"] = [arguments.size(f"mask_stride_{i}", x) for i, x in enumerate(broadcast)]
     block_m, block_n = scope.target.attention
     size, value_size = values["size"], values["value_size"]

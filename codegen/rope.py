@@ -51,6 +51,10 @@ def {{ name }}({{ header }}):
 
     first_out = {{ r("first * first_cos") }} - {{ r("second * first_sin") }}
     second_out = {{ r("second * second_cos") }} + {{ r("first * second_sin") }}
+#% if rounds_sum
+    first_out = {{ r("first_out") }}
+    second_out = {{ r("second_out") }}
+#% endif
 
     tl.store(out_row + first_at, first_out.to({{ out_type }}), mask=mask)
     tl.store(out_row + second_at, second_out.to({{ out_type }}), mask=mask)
@@ -93,7 +97,10 @@ def lower(scope: Scope, node: fx.Node, cache: Layout | None = None, past: Layout
     arguments.constant("BLOCK_P", power_of_two(pairs))
     if rest:
         arguments.constant("BLOCK_REST", power_of_two(rest))
+    if not dtype_of(x) == dtype_of(cos) == dtype_of(sin):
+        raise NoKernel(f"rope of {dtype_of(x)} by {dtype_of(cos)} and {dtype_of(sin)} has no kernel")
     low = TL_TYPES[dtype_of(x)] if dtype_of(x) != torch.float32 else None
+    rounds_sum = low is not None and out.buffer.dtype != dtype_of(x)
     values = {
         "heads": int(heads),
         "s": arguments.size("S", length),
@@ -115,6 +122,7 @@ def lower(scope: Scope, node: fx.Node, cache: Layout | None = None, past: Layout
             pairs=pairs,
             block_p=power_of_two(pairs),
             rest=rest,
+            rounds_sum=rounds_sum,
             out_type=TL_TYPES[out.buffer.dtype],
             r=lambda product: f"({product}).to({low}).to(tl.float32)" if low else product,
             **values,

@@ -88,6 +88,7 @@ class Compiled:
         pack: bool = True,
     ) -> None:
         self.function, self.examples, self.states = function, tuple(examples), states
+        self.last: list[Tensor] = []
         self.eager_errors: dict[int, float] = {}
         self.graph = graph_of(function, examples, dynamic, weights, states)
         self.scheduled = schedule(self.graph, target, pack)
@@ -143,7 +144,7 @@ def check(
 ) -> Compiled:
     """Compile a function of named tensors, run it on them, compare it with eager; it has `fallbacks` ops of ATen."""
     compiled = Compiled(function, tensors, dynamic, weights, states, pack=pack)
-    compiled.check(**tensors)
+    compiled.last = compiled.check(**tensors)
     assert len(compiled.fallbacks) == fallbacks, compiled.fallbacks
     return compiled
 
