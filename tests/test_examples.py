@@ -1,0 +1,45 @@
+"""The examples run, and say what their text promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import effc
+import pytest
+
+EXAMPLES = Path(effc.__file__).parent / "examples"
+
+
+def run(name: str) -> str:
+    """What an example prints when a user starts it."""
+    done = subprocess.run([sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_add_a_pass():
+    printed = run("add_a_pass.py")
+    (row,) = (line for line in printed.splitlines() if line.startswith("fuse_relu"))
+    assert row.split()[2] == "1"
+    assert "-1 relu" in row
+    assert "the same logits: True" in printed
+
+
+def test_compile_backend():
+    printed = run("compile_backend.py")
+    error = float(printed.splitlines()[0].rsplit(" ", 1)[1])
+    assert error < 1e-5
+    assert "the same tokens from generate: True" in printed
+
+
+@pytest.mark.slow
+def test_generate(smollm2_path):
+    printed = run("generate.py")
+    assert "Paris" in printed.splitlines()[0]
+    assert "logits [1, " in printed
+    assert "through ATen" in printed
+
+
+def test_every_example_is_tried():
+    tried = {"add_a_pass.py", "compile_backend.py", "generate.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tried, "add a test for the new example"
