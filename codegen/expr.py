@@ -23,9 +23,6 @@ class SizePrinter(StrPrinter):
 
     _print_CleanDiv = _print_FloorDiv
 
-    def _print_CeilToIntDiv(self, expr: sympy.Expr) -> str:
-        return f"({self._print(expr.args[0] + expr.args[1] - 1)} {self.divide} {self.parenthesize(expr.args[1], 1000)})"
-
     def _print_Mod(self, expr: sympy.Expr) -> str:
         return f"({self.parenthesize(expr.args[0], 50)} % {self.parenthesize(expr.args[1], 1000)})"
 

@@ -60,10 +60,10 @@ def plan_memory(schedule: Schedule) -> MemoryPlan:
         first, last = lives[name]
         position = best_slot(slots, buffers[name], first)
         if position is None:
-            slots.append(Slot(buffers[name].bytes))
+            slots.append(Slot(room(buffers[name])))
             position = len(slots) - 1
         slot = slots[position]
-        slot.size = larger(slot.size, buffers[name].bytes)
+        slot.size = larger(slot.size, room(buffers[name]))
         slot.buffers.append(buffers[name])
         slot.free_after = last
         slot_of[name] = position
@@ -74,10 +74,15 @@ def best_slot(slots: list[Slot], buffer: Buffer, first: int) -> int | None:
     """The free slot whose size is nearest to the buffer's, among those that compare with it."""
     candidates = []
     for position, slot in enumerate(slots):
-        ratio = sympy.cancel(buffer.bytes / slot.size) if slot.free_after < first else None
+        ratio = sympy.cancel(room(buffer) / slot.size) if slot.free_after < first else None
         if ratio is not None and ratio.is_number:
             candidates.append((max(ratio, 1 / ratio), position))
     return min(candidates)[1] if candidates else None
+
+
+def room(buffer: Buffer) -> sympy.Expr:
+    """Bytes to keep for a buffer: an empty one takes one, so that sizes have ratios."""
+    return buffer.bytes or sympy.Integer(1)
 
 
 def larger(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
