@@ -11,6 +11,8 @@ Names are imported on first use: `import effc` costs nothing that is not asked f
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,3 +70,35 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class Checkout(importlib.metadata.Distribution):
+    """What `pip install` would record of the torch.compile backend, for a checkout that is only on the path."""
+
+    def read_text(self, filename: str) -> str | None:
+        return {
+            "METADATA": f"Name: effc\nVersion: {__version__}\n",
+            "entry_points.txt": "[torch_dynamo_backends]\neffc = effc.backend:compile_graph\n",
+        }.get(filename)
+
+    def locate_file(self, path: str) -> str:
+        return str(path)
+
+    @classmethod
+    def find_spec(cls, *arguments: object) -> None:
+        return None
+
+    @classmethod
+    def find_distributions(cls, context: importlib.metadata.DistributionFinder.Context) -> list[Checkout]:
+        return [cls()] if context.name in (None, "effc") else []
+
+
+def register_checkout() -> None:
+    """Let `torch.compile(..., backend="effc")` find the backend where effc was imported without being installed."""
+    try:
+        importlib.metadata.distribution("effc")
+    except importlib.metadata.PackageNotFoundError:
+        sys.meta_path.append(Checkout)
+
+
+register_checkout()

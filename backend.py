@@ -25,7 +25,7 @@ from .codegen.memory import plan_memory
 from .codegen.schedule import schedule
 from .codegen.target import CPU, CUDA
 from .compiler.dynamo import trace_dynamo
-from .compiler.errors import InputError
+from .compiler.errors import InputError, ModelError
 from .compiler.graph import Graph, is_tensor
 from .compiler.weights import Concat, Read, Weight, evaluate
 from .passes import pipeline
@@ -40,7 +40,7 @@ class Compiled:
     """One graph that torch.compile gave us, and what became of it."""
 
     explanation: GraphExplanation
-    executable: Executable
+    executable: Executable | None
 
 
 COMPILED: list[Compiled] = []
@@ -64,7 +64,12 @@ def compile_graph(
     dump = Path(folder) / f"graph{len(COMPILED)}" if folder else None
 
     name = f"graph{len(COMPILED)}"
-    graph = trace_dynamo(gm, name=name)
+    try:
+        graph = trace_dynamo(gm, name=name)
+    except ModelError as refusal:
+        warnings.warn(f"effc: {name} runs in eager PyTorch: {refusal}", stacklevel=2)
+        COMPILED.append(Compiled(GraphExplanation.refused(name, str(refusal)), None))
+        return gm.forward
     graph, report = pipeline.run(graph, skip=options.get("skip", ()), dump=dump)
     device = device_of(graph)
     scheduled = schedule(graph, CPU if device == "cpu" else CUDA, pack=False)
@@ -79,7 +84,7 @@ def compile_graph(
             dump_kernels(scheduled, dump / "kernels", host_target())
     else:
         executable = TritonExecutable(scheduled.schedule, names, manifest, fallbacks, device)
-    COMPILED.append(Compiled(explain_graph(scheduled, report, graph.notes), executable))
+    COMPILED.append(Compiled(explain_graph(scheduled, report.steps, graph.notes), executable))
     return Runner(gm, graph, executable, scheduled.recipes)
 
 

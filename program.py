@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .codegen.cpu import CpuTarget
     from .codegen.schedule import Scheduled
     from .compiler.graph import Graph
-    from .passes.pipeline import Report
+    from .passes.pipeline import Report, Step
     from .report import Explanation
 
 KINDS = ("forward", "prefill", "extend", "decode")
@@ -89,7 +89,7 @@ class Stages:
         self.model, self.skip, self.dump = model, skip, dump
         self.seconds: dict[str, float] = {}
         self.reports: dict[str, Report] = {}
-        self._stateful: dict[tuple[str, bool], Graph] = {}
+        self._graphs: dict[tuple[str, bool], Graph] = {}
         self._scheduled: dict[tuple[str, bool], Scheduled] = {}
 
     @cached_property
@@ -101,29 +101,33 @@ class Stages:
         self.seconds["trace"] = time.perf_counter() - start
         return graph
 
-    @cached_property
-    def fused(self) -> Graph:
-        from .passes import pipeline
-
-        start = time.perf_counter()
-        graph, self.reports["forward"] = pipeline.run(self.traced, skip=self.skip, dump=self.dump)
-        self.seconds["passes"] = time.perf_counter() - start
-        return graph
-
     def graph(self, kind: str, padded: bool) -> Graph:
         """The graph of `kind` that is scheduled; `padded` ones take an attention mask."""
-        from .passes.materialize_kv import drop_padding, materialize_kv
+        from .passes import pipeline
 
         key = (kind, padded)
-        if key not in self._stateful:
-            start = time.perf_counter()
+        if key not in self._graphs:
             if kind != "forward":
-                base = self.graph("forward", padded)
-                self._stateful[key] = materialize_kv(base, kind)
+                base, passes = self.graph("forward", padded), pipeline.cached(kind)
+            elif not padded:
+                base, passes = self.graph("forward", True), pipeline.UNPADDED
             else:
-                self._stateful[key] = self.fused if padded else drop_padding(self.fused)
-            self.seconds[f"materialize {kind}"] = time.perf_counter() - start
-        return self._stateful[key]
+                base, passes = self.traced, pipeline.PASSES
+            start = time.perf_counter()
+            name = f"{kind}-padded" if padded else kind
+            folder = None if self.dump is None else self.dump / name
+            skip = self.skip if base is self.traced else ()
+            self._graphs[key], self.reports[name] = pipeline.run(base, passes, skip=skip, dump=folder)
+            self.seconds[f"passes {name}"] = time.perf_counter() - start
+        return self._graphs[key]
+
+    def steps(self, kind: str, padded: bool) -> list[Step]:
+        """What each pass did on the way from the trace to a graph, in order."""
+        self.graph(kind, padded)
+        names = ["forward-padded", *([] if padded else ["forward"])]
+        if kind != "forward":
+            names.append(f"{kind}-padded" if padded else kind)
+        return [step for name in names for step in self.reports[name].steps]
 
     def scheduled(self, kind: str, padded: bool) -> Scheduled:
         from .codegen.schedule import schedule
@@ -335,7 +339,7 @@ def build(stages: Stages, kind: str, padded: bool, target: CpuTarget, libraries:
         kernels=tuple(kernel.symbol for kernel in scheduled.schedule.kernels),
         launches=sum(bool(step.launches) for step in steps),
         fallbacks=tuple(f"{step.node.name}: {step.reason}" for step in scheduled.schedule.fallbacks),
-        passes=tuple((step.name, step.matches, step.seconds) for step in stages.reports["forward"].steps),
+        passes=tuple((step.name, step.matches, step.seconds) for step in stages.steps(kind, padded)),
         traced_calls=sum(node.op == "call_function" for node in stages.traced.nodes),
         arena=str(plan.arena_bytes),
         seconds=dict(stages.seconds),

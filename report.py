@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .codegen.schedule import Scheduled
-    from .passes.pipeline import Report
+    from .passes.pipeline import Step
     from .program import Program
 
 
@@ -86,8 +86,9 @@ def shortened(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def explain_graph(scheduled: Scheduled, report: Report | None, notes: Iterable[str] = ()) -> GraphExplanation:
-    """The account of one scheduled graph. report: of the passes that made it."""
+def explain_graph(scheduled: Scheduled, steps: Iterable[Step], notes: Iterable[str] = ()) -> GraphExplanation:
+    """The account of one scheduled graph. steps: what the passes did that made it."""
+    steps = list(steps)
     schedule = scheduled.schedule
     launches: Counter[str] = Counter()
     nodes: dict[str, list[str]] = {}
@@ -101,8 +102,8 @@ def explain_graph(scheduled: Scheduled, report: Report | None, notes: Iterable[s
     )
     return GraphExplanation(
         name=schedule.name,
-        passes=tuple((step.name, step.matches, step.seconds) for step in report.steps) if report else (),
-        misses=tuple(report.misses) if report else (),
+        passes=tuple((step.name, step.matches, step.seconds) for step in steps),
+        misses=tuple(miss for step in steps for miss in step.misses),
         kernels=tuple(KernelUse(name, count, tuple(nodes[name])) for name, count in launches.items()),
         launches=sum(bool(step.launches) for step in schedule.steps),
         segments=len(schedule.fallbacks) + 1,
@@ -123,8 +124,7 @@ def explain_program(program: Program, kinds: Iterable[str] = ("prefill", "decode
     for kind in kinds:
         scheduled = program.stages.scheduled(kind, False)
         graph = program.stages.graph(kind, False)
-        report = program.stages.reports["forward"]
-        result.graphs.append(explain_graph(scheduled, report, graph.notes))
+        result.graphs.append(explain_graph(scheduled, program.stages.steps(kind, False), graph.notes))
     return result
 
 
@@ -158,14 +158,15 @@ def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None) -> Pa
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     program = compile(model, dtype, dump=output / "graphs")
-    lines = [str(program.stages.fused and program.stages.reports["forward"])]
+    lines = []
     for kind in KINDS:
         scheduled = program.stages.scheduled(kind, False)
         write_atomically(output / f"{kind}.txt", describe_schedule(scheduled))
         dump_kernels(scheduled, output / "kernels", program.target)
-        lines.append(str(explain_graph(scheduled, None)))
+        lines.append(str(explain_graph(scheduled, program.stages.steps(kind, False))))
+    reports = [f"graphs/{name}\n{report}" for name, report in program.stages.reports.items()]
     index = output / "index.txt"
-    write_atomically(index, "\n".join(lines) + "\n")
+    write_atomically(index, "\n\n".join([*reports, *lines]) + "\n")
     return index
 
 

@@ -19,7 +19,7 @@ from .kernel import TL_TYPES, Launch, Layout, Packed
 from .pointwise import NoKernel
 from .scope import Scope
 from .target import Target, Tile
-from .template import Arguments
+from .template import Arguments, power_of_two
 from .views import reshape_strides
 
 GEMV = """
@@ -30,7 +30,7 @@ def {{ name }}({{ header }}):
     inner = tl.arange(0, BLOCK_K)
 #% for part in parts
     {{ part.weight }} = weight_ptr + panel.to(tl.int64) * {{ block_n * k }}{{ " + " ~ part.start if part.start }}
-    {{ part.acc }} = tl.zeros({{ "[BLOCK_N]" if packed else "[BLOCK_N, BLOCK_K]" }}, tl.float32)
+    {{ part.acc }} = tl.zeros([BLOCK_N], tl.float32)
 #% endfor
 
     for k in range(0, {{ k }}, BLOCK_K):
@@ -46,15 +46,10 @@ def {{ name }}({{ header }}):
 #% else
         {{ part.tile }} = tl.load({{ part.weight }} + col[:, None] * {{ k }} + (k + inner)[None, :]
             {{- ", mask=" ~ row_mask ~ ", other=0.0" if row_mask }}).to(tl.float32)
-        {{ part.acc }} += x[None, :] * {{ part.tile }}
+        {{ part.acc }} += tl.sum({{ part.tile }} * x[None, :], axis=1)
 #% endif
 #% endfor
 
-#% if not packed
-#% for part in parts
-    {{ part.acc }} = tl.sum({{ part.acc }}, axis=1)
-#% endfor
-#% endif
     out_col = panel * BLOCK_N + col
 {{ epilogue }}
     tl.store(out_ptr + out_col, y{{ ", mask=out_col < " ~ n if masks_n }})
@@ -235,7 +230,8 @@ class Case:
     def gemv(self, target: Target) -> Launch:
         packed = isinstance(self.weight, Packed)
         block_n = self.block_n(target.gemv_rows)
-        block_k = self.depth(target.gemv_k)
+        # Rows of a row-major weight are read whole, so that each is one stream; panels are a stream in any case.
+        block_k = self.depth(target.gemv_k) if packed else min(power_of_two(self.k), 1024)
         arguments = self.arguments()
         arguments.constant("BLOCK_N", block_n)
         arguments.constant("BLOCK_K", block_k)

@@ -21,7 +21,8 @@ class Tile:
 class Target:
     """name: "cpu" or "cuda". linear_small and linear_large: tiles for up to `small_rows` rows and for more.
 
-    gemv_k: depth of one step of a matrix-vector product. attention: query rows and key columns of a tile.
+    gemv_k: depth of one step of a product of a packed weight with a vector; gemv_rows: rows of a row-major weight that
+    one program multiplies with one. attention: query rows and key columns of a tile.
     decode_keys: keys per step of decode attention. splits: programs that share the keys of one head while decoding.
     min_dot_rows: the smallest row count that `tl.dot` takes.
     """

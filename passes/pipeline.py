@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..compiler.errors import InputError
@@ -25,10 +26,11 @@ from .fuse_linear import fuse_linear
 from .fuse_mlp import fuse_mlp
 from .fuse_norm import fuse_norm
 from .fuse_rope import fuse_rope
+from .materialize_kv import drop_padding, materialize_kv
 from .normalize import normalize
 
 Pass = Callable[[Graph], PassResult | Graph]
-"""Mutates the graph it is given and says what it did, or returns another graph."""
+"""Mutates the graph it is given and says what it did, or returns another graph (its matches are the calls it added)."""
 
 PASSES: tuple[Pass, ...] = (
     normalize,
@@ -40,6 +42,15 @@ PASSES: tuple[Pass, ...] = (
     fuse_mlp,
     cleanup,
 )
+"""From the traced graph to the fused graph `forward`."""
+
+UNPADDED: tuple[Pass, ...] = (drop_padding,)
+"""From `forward` to its form for calls without padding."""
+
+
+def cached(kind: str) -> tuple[Pass, ...]:
+    """From `forward`, padded or not, to one of the graphs with a cache: "prefill", "extend" or "decode"."""
+    return (partial(materialize_kv, kind=kind),)
 
 
 @dataclass
@@ -117,10 +128,12 @@ def run_pass(graph: Graph, function: Pass, verify: bool) -> tuple[Graph, Step]:
     start = time.perf_counter()
     result = function(graph)
     seconds = time.perf_counter() - start
-    if isinstance(result, Graph):
-        graph, result = result, PassResult()
+    made = result if isinstance(result, Graph) else None
+    graph = made or graph
     after = count_ops(graph)
     changes = differences(before, after)
+    if made is not None:
+        result = PassResult(sum(count for count in changes.values() if count > 0))
     if verify:
         try:
             verify_graph(graph)
@@ -150,10 +163,10 @@ def check_names(names: set[str], known: set[str]) -> None:
 
 
 class Dumps:
-    """`00_traced.txt`, `01_normalize.txt`, ... and `index.txt`, in a folder named after the graph."""
+    """`00_traced.txt`, `01_normalize.txt`, ... and `index.txt` in a folder."""
 
     def __init__(self, folder: Path, graph: Graph) -> None:
-        self.folder = Path(folder) / graph.name
+        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in (*self.folder.glob("[0-9][0-9]_*.txt"), self.folder / "index.txt"):
             old.unlink(missing_ok=True)

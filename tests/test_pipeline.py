@@ -77,7 +77,7 @@ def test_a_pass_that_breaks_the_graph_is_named():
 def test_dumps_are_numbered_and_indexed(tmp_path):
     _, graph = traced()
     run(graph, ["normalize", "fuse_norm"], dump=tmp_path)
-    folder = tmp_path / "forward"
+    folder = tmp_path
     files = ["00_traced.txt", "01_normalize.txt", "02_fuse_norm.txt", "index.txt"]
     assert sorted(path.name for path in folder.iterdir()) == files
     index = (folder / "index.txt").read_text()
