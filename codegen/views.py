@@ -61,10 +61,10 @@ def axis(node: fx.Node, position: int, default: int = 0, rank: int | None = None
 
 
 def slice_start(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
-    """Start and step of an `aten.slice`, with a negative start counted from the end."""
+    """Start and step of an `aten.slice` or `aten.narrow`, with a negative start counted from the end."""
     dim = axis(node, 1)
     start = node.args[2] if len(node.args) > 2 else None
-    step = node.args[4] if len(node.args) > 4 else 1
+    step = node.args[4] if len(node.args) > 4 else 1  # narrow takes a length, and no step
     start = ZERO if start is None else size_expr(start)
     if start.is_negative:
         start = start + sizes(view_source(node))[dim]
@@ -283,25 +283,33 @@ def same_index(node: fx.Node, index: Index) -> Index:
     return index
 
 
+RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+
 LAYOUTS: dict[Any, Callable[[fx.Node, Layout], Layout | None]] = {
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), reshape_layout),
+    **dict.fromkeys(RESHAPES, reshape_layout),
     **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default), permute_layout),
     aten.unsqueeze.default: unsqueeze_layout,
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze_layout),
     aten.expand.default: expand_layout,
-    aten.slice.Tensor: slice_layout,
+    **dict.fromkeys((aten.slice.Tensor, aten.narrow.default), slice_layout),
     aten.select.int: select_layout,
     operator.getitem: part_layout,
     **dict.fromkeys((aten.alias.default, aten.detach.default), same_layout),
 }
 
 INDICES: dict[Any, Callable[[fx.Node, Index], Index]] = {
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default), reshaped_index),
+    **dict.fromkeys(RESHAPES, reshaped_index),
     **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default), permute_index),
     aten.unsqueeze.default: unsqueeze_index,
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze_index),
     aten.expand.default: expand_index,
-    aten.slice.Tensor: slice_index,
+    **dict.fromkeys((aten.slice.Tensor, aten.narrow.default), slice_index),
     aten.select.int: select_index,
     operator.getitem: part_index,
     **dict.fromkeys((aten.alias.default, aten.detach.default), same_index),

@@ -1,0 +1,210 @@
+"""What shares a kernel, what gets memory, what runs through ATen, and that all of it computes what eager does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .graphs import Compiled, check, random
+
+aten, effc = torch.ops.aten, torch.ops.effc
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def steps(compiled: Compiled) -> int:
+    return len(compiled.scheduled.schedule.steps)
+
+
+# --- sharing kernels ---------------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_one_kernel() -> None:
+    assert steps(check(lambda x, y: F.silu(x * 2 + y).transpose(0, 1) * 3, x=random(5, 7), y=random(7))) == 1
+
+
+def test_a_norm_and_what_it_reads_is_one_kernel() -> None:
+    assert steps(check(lambda x, y: effc.rms_norm(x + y, None, 1e-6) * 2, x=random(5, 7), y=random(5, 7))) == 1
+
+
+def test_results_over_one_domain_share_a_kernel() -> None:
+    assert steps(check(lambda x: (x.sin(), x.cos(), x.sum(-1)), x=random(5, 7))) == 1
+
+
+def test_results_that_depend_on_each_other_at_other_indices_do_not() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.exp()
+        return y, y.transpose(0, 1) + 1
+
+    assert steps(check(function, x=random(6, 6))) == 2
+
+
+def test_equal_layers_share_their_kernels() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        for _ in range(4):
+            x = effc.linear(effc.rms_norm(x, None, 1e-6), w, None, x)
+        return x
+
+    compiled = check(function, x=random(20, 32), w=random(32, 32) / 6)
+    assert steps(compiled) == 8
+    # The first norm reads x, the others the result of a linear, and say so by name.
+    assert len(compiled.scheduled.schedule.kernels) == 3
+
+
+def test_what_is_not_used_is_not_computed() -> None:
+    def function(x: Tensor) -> Tensor:
+        torch.softmax(x, -1)
+        return x + 1
+
+    assert steps(check(function, x=random(3, 4))) == 1
+
+
+# --- ops without a kernel ------------------------------------------------------------------------------------------
+
+
+def test_an_op_in_the_middle() -> None:
+    def function(x: Tensor) -> Tensor:
+        return (x * 2).cumsum(-1).exp() + x
+
+    compiled = check(function, x=random(5, 7) / 7, dynamic={"x": (0,)}, fallbacks=1)
+    assert steps(compiled) == 3
+    compiled.check(x=random(9, 7) / 7)
+
+
+def test_ops_at_both_ends_and_in_a_row() -> None:
+    check(lambda x: (x.cumsum(0) + 1).cumsum(1).flip(0), x=random(5, 7), fallbacks=3)
+
+
+def test_an_op_with_several_results() -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        values, places = (x * 2).topk(3, -1)
+        ordered, order = x.sort(-1)
+        return values + 1, places + 1, ordered, x.gather(-1, order) - ordered, values
+
+    compiled = check(function, x=random(5, 7), dynamic={"x": (0,)}, fallbacks=3)
+    compiled.check(x=random(1, 7))
+
+
+def test_an_op_that_reads_views_and_inlined_values() -> None:
+    def function(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        y = x + 1
+        picked = aten.index.Tensor(y.transpose(0, 1), [None, i])
+        return picked * 2, y[:, ::2].cumsum(-1), y.reshape(-1).cumsum(0), aten.index.Tensor(x, [i * 2])
+
+    check(function, x=random(6, 8), i=torch.tensor([2, 0, 1]), fallbacks=4)
+
+
+def test_an_op_whose_arguments_are_runtime_sizes() -> None:
+    def function(x: Tensor) -> Tensor:
+        return aten.constant_pad_nd(x * 2, [0, x.shape[0]], 0.5) + 1
+
+    compiled = check(function, x=random(3, 7), dynamic={"x": (0,)}, fallbacks=1)
+    compiled.check(x=random(9, 7))
+
+
+def test_reductions_without_a_kernel_say_why() -> None:
+    def function(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        return x.sum(0), x.softmax(0), i.sum(-1), F.layer_norm(x, (4, 6)), x.sum((0, 1)), x.pow(1.5).nan_to_num()
+
+    compiled = check(function, x=random(4, 6), i=torch.arange(12).reshape(3, 4), fallbacks=7)
+    reasons = " ".join(step.reason for step in compiled.scheduled.schedule.fallbacks)
+    for reason in ("axes [0]", "another axis than the last", "torch.int64", "more than the last axis", "power 1.5"):
+        assert reason in reasons
+
+
+def test_rows_of_runtime_length_are_reduced_by_aten() -> None:
+    compiled = check(lambda x: x.sum(-1) * 2, x=random(3, 7), dynamic={"x": (1,)}, fallbacks=1)
+    compiled.check(x=random(3, 100))
+
+
+def test_parts_of_a_split_that_runs_through_aten() -> None:
+    check(lambda x: [part * 2 for part in x.cumsum(-1).split(2, -1)][1] + x[:, 2:4], x=random(3, 6), fallbacks=1)
+
+
+# --- inputs and results ----------------------------------------------------------------------------------------------
+
+
+def test_results_may_be_inputs_views_and_each_other() -> None:
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        return x, y, y, y.t(), x[1:], w, w.t(), effc.linear(x, w)
+
+    for weights in ((), ("w",)):
+        check(function, x=random(3, 64), w=random(64, 64), weights=weights)
+
+
+def test_results_of_one_call_are_not_overwritten_by_the_next() -> None:
+    x = random(4, 8)
+    compiled = Compiled(lambda x: (x + 1, torch.softmax(x, -1)), {"x": x})
+    first = compiled(x=x)
+    kept = [result.clone() for result in first]
+    compiled(x=x * 5)
+    for result, copy in zip(first, kept, strict=True):
+        assert torch.equal(result, copy)
+
+
+# --- random graphs ---------------------------------------------------------------------------------------------------
+
+SHAPES = [(3, 5), (4, 4), (2, 3, 4), (1, 7), (6,), (2, 1, 8)]
+
+
+def random_values(choose: Random, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """A random graph over two tensors: each step makes a value from earlier ones; all of them are results."""
+    values = [x, y]
+    for _ in range(choose.randint(2, 8)):
+        a = choose.choice(values)
+        b = choose.choice([b for b in values if broadcasts(a.shape, b.shape)])
+        made = choose.choice(random_steps(choose, a, b))() if a.ndim else a + 1
+        if made.numel() <= 500:
+            values.append(made)
+    return tuple(values[2:])
+
+
+def broadcasts(a: torch.Size, b: torch.Size) -> bool:
+    return all(1 in (m, n) or m == n for m, n in zip(a[::-1], b[::-1], strict=False))
+
+
+def random_steps(choose: Random, a: Tensor, b: Tensor) -> list[Callable[[], Tensor]]:
+    """What can be made of two values that broadcast: arithmetic, rows, views."""
+    axis, even = choose.randrange(a.ndim), a.shape[-1] % 2 == 0
+    half = a.shape[axis] // 2
+    return [
+        lambda: choose.choice([torch.neg, torch.sigmoid, torch.tanh, torch.relu, torch.cos])(a),
+        lambda: choose.choice([torch.add, torch.mul, torch.maximum, torch.sub])(a, b),
+        lambda: torch.where(a < b, a * 0.5, b),
+        lambda: choose.choice([torch.sum, torch.mean, torch.amax, torch.amin])(a, -1, choose.random() < 0.5),
+        lambda: choose.choice([lambda t: t.softmax(-1), lambda t: effc.rms_norm(t, None, 1e-3)])(a),
+        lambda: torch.cat((a, -a), axis),
+        lambda: a.narrow(axis, half, a.shape[axis] - half),
+        lambda: a.transpose(0, axis),
+        lambda: a.select(axis, -1),
+        lambda: a.unsqueeze(axis).expand(*a.shape[:axis], 2, *a.shape[axis:]),
+        lambda: a.reshape(-1),
+        lambda: a.flatten(max(0, axis - 1), axis),
+        lambda: a.chunk(2, axis)[-1],
+        lambda: a.reshape(*a.shape[:-1], -1, 2) if even else a.squeeze(0),
+    ]
+
+
+def check_random_graph(seed: int) -> None:
+    print(f"graph seed {seed}")
+    dtype = (torch.float32, torch.bfloat16)[seed % 2]
+    shape = SHAPES[seed % len(SHAPES)]
+    tensors = {"x": random(*shape, dtype=dtype, seed=seed), "y": random(*shape[-1:], dtype=dtype, seed=seed + 1)}
+    check(lambda x, y: random_values(Random(seed), x, y) or (x + y,), **tensors)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_graphs(seed: int) -> None:
+    check_random_graph(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1000, 1400))
+def test_more_random_graphs(seed: int) -> None:
+    check_random_graph(seed)
