@@ -19,6 +19,7 @@ from ..compiler.graph import dtype_of, sizes
 from .kernel import TL_TYPES, Launch, Layout, contiguous_strides
 from .pointwise import NoKernel
 from .scope import Scope
+from .target import Target
 from .template import Arguments, power_of_two
 
 ONE = sympy.Integer(1)
@@ -210,7 +211,9 @@ def lower(scope: Scope, node: fx.Node) -> None:
         scope.add(tiled(scope, node, operands, layouts, out, cached))
 
 
-def shared_values(arguments: Arguments, operands: dict, layouts: dict[str, Layout], out: Layout) -> dict:
+def shared_values(
+    arguments: Arguments, operands: dict, layouts: dict[str, Layout], out: Layout, target: Target
+) -> dict:
     """Template values that both kernels use: strides, sizes, masks of ragged head sizes, the scale in base 2."""
     q, k, v = (operands[name] for name in "qkv")
     heads, groups = int(sizes(q)[1]), int(sizes(k)[1])
@@ -225,7 +228,7 @@ def shared_values(arguments: Arguments, operands: dict, layouts: dict[str, Layou
         "ratio": heads // groups,
         "size": size,
         "value_size": value_size,
-        "masks_v": value_size != power_of_two(value_size),
+        "masks_v": value_size != head_block(value_size, target),
         "exp": "tl.exp2",
         "scale": repr(float(operands["scale"]) * math.log2(math.e)),
         "q": strides("q", layouts["q"]),
@@ -236,18 +239,23 @@ def shared_values(arguments: Arguments, operands: dict, layouts: dict[str, Layou
     }
 
 
-def ragged(condition: str, dim: str, size: int, axis: str) -> str:
-    """A mask over keys or rows, with the padding lanes of a head size that is no power of two."""
-    return condition if size == power_of_two(size) else f"{condition} & ({dim} < {size}){axis}"
+def head_block(size: int, target: Target) -> int:
+    """Lanes that hold one head: a power of two, and no fewer than `tl.dot` takes."""
+    return max(power_of_two(size), target.min_dot_size)
+
+
+def ragged(condition: str, dim: str, size: int, axis: str, target: Target) -> str:
+    """A mask over keys or rows, with the padding lanes of a head size that does not fill its block."""
+    return condition if size == head_block(size, target) else f"{condition} & ({dim} < {size}){axis}"
 
 
 def tiled(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out: Layout, cached: bool) -> Launch:
-    arguments = Arguments()
+    target, arguments = scope.target, Arguments()
     for name in ("q", "k", "v", "past", "key_mask", "mask"):
         if name in layouts:
             arguments.pointer(f"{name}_ptr", layouts[name])
     arguments.pointer("out_ptr", out)
-    values = shared_values(arguments, operands, layouts, out)
+    values = shared_values(arguments, operands, layouts, out, target)
     s, t = arguments.size("S", sizes(operands["q"])[2]), arguments.size("T", sizes(operands["k"])[2])
     if "key_mask" in layouts:
         values["km"] = [arguments.size(f"key_mask_stride_{i}", x) for i, x in enumerate(layouts["key_mask"].strides)]
@@ -260,12 +268,12 @@ def tiled(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out: Layou
         if kind == "float":  # scores in base 2 would overflow at the most negative number, which hides keys
             values["scale"], values["exp"] = repr(float(operands["scale"])), "tl.exp"
         values["mk"] = [arguments.size(f"mask_stride_{i}", x) for i, x in enumerate(broadcast)]
-    block_m, block_n = scope.target.attention
+    block_m, block_n = target.attention
     size, value_size = values["size"], values["value_size"]
     for name, value in (("BLOCK_M", block_m), ("BLOCK_N", block_n)):
         arguments.constant(name, value)
-    arguments.constant("BLOCK_D", power_of_two(size))
-    arguments.constant("BLOCK_V", power_of_two(value_size))
+    arguments.constant("BLOCK_D", head_block(size, target))
+    arguments.constant("BLOCK_V", head_block(value_size, target))
     batch, heads, length = sizes(operands["q"])[:3]
     return arguments.launch(
         "cached_attention" if cached else "attention",
@@ -279,16 +287,17 @@ def tiled(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out: Layou
         t=t,
         mask=kind,
         key_mask="key_mask" in layouts,
-        q_mask=ragged(f"(row[:, None] < {s})", "dim", size, "[None, :]"),
-        k_mask=ragged("(at[None, :] < last_key)", "dim", size, "[:, None]"),
-        v_mask=ragged("(at[:, None] < last_key)", "value_dim", value_size, "[None, :]"),
-        out_mask=ragged(f"(row[:, None] < {s})", "value_dim", value_size, "[None, :]"),
+        q_mask=ragged(f"(row[:, None] < {s})", "dim", size, "[None, :]", target),
+        k_mask=ragged("(at[None, :] < last_key)", "dim", size, "[:, None]", target),
+        v_mask=ragged("(at[:, None] < last_key)", "value_dim", value_size, "[None, :]", target),
+        out_mask=ragged(f"(row[:, None] < {s})", "value_dim", value_size, "[None, :]", target),
         **values,
     )
 
 
 def lower_split(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out: Layout) -> None:
-    splits = scope.target.splits
+    target = scope.target
+    splits = target.splits
     batch, heads = sizes(operands["q"])[:2]
     value_size = sizes(operands["v"])[3]
     per_split = batch * heads * splits
@@ -303,15 +312,15 @@ def lower_split(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out:
             arguments.pointer(f"{name}_ptr", layouts[name])
     for name, layout in scratch.items():
         arguments.pointer(f"{name}_ptr", layout)
-    values = shared_values(arguments, operands, layouts, out)
+    values = shared_values(arguments, operands, layouts, out, target)
     if "key_mask" in layouts:
         values["km"] = [arguments.size(f"key_mask_stride_{i}", x) for i, x in enumerate(layouts["key_mask"].strides)]
     size = values["size"]
-    block_h = max(power_of_two(values["ratio"]), scope.target.min_dot_rows)
+    block_h = max(power_of_two(values["ratio"]), target.min_dot_size)
     arguments.constant("BLOCK_H", block_h)
-    arguments.constant("BLOCK_N", scope.target.decode_keys)
-    arguments.constant("BLOCK_D", power_of_two(size))
-    arguments.constant("BLOCK_V", power_of_two(int(value_size)))
+    arguments.constant("BLOCK_N", target.decode_keys)
+    arguments.constant("BLOCK_D", head_block(size, target))
+    arguments.constant("BLOCK_V", head_block(int(value_size), target))
     scope.add(
         arguments.launch(
             "decode_attention",
@@ -321,9 +330,9 @@ def lower_split(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out:
             tuple(layout.buffer for layout in scratch.values()),
             splits=splits,
             key_mask="key_mask" in layouts,
-            q_mask=ragged(f"(member[:, None] < {values['ratio']})", "dim", size, "[None, :]"),
-            k_mask=ragged("(at[None, :] < last_key)", "dim", size, "[:, None]"),
-            v_mask=ragged("(at[:, None] < last_key)", "value_dim", int(value_size), "[None, :]"),
+            q_mask=ragged(f"(member[:, None] < {values['ratio']})", "dim", size, "[None, :]", target),
+            k_mask=ragged("(at[None, :] < last_key)", "dim", size, "[:, None]", target),
+            v_mask=ragged("(at[:, None] < last_key)", "value_dim", int(value_size), "[None, :]", target),
             **values,
         )
     )
@@ -332,7 +341,7 @@ def lower_split(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out:
         arguments.pointer(f"{name}_ptr", layout)
     arguments.pointer("out_ptr", out)
     values["o"] = [arguments.size(f"out_stride_{axis}", stride) for axis, stride in zip("bhs", out.strides)]
-    arguments.constant("BLOCK_V", power_of_two(int(value_size)))
+    arguments.constant("BLOCK_V", head_block(int(value_size), target))
     scope.add(
         arguments.launch(
             "combine_splits", COMBINE, (batch * heads, ONE, ONE), (node.name,), (out.buffer,), splits=splits, **values

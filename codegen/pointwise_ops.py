@@ -205,7 +205,7 @@ TANH_NEAR = (
     "{x} + {x} * {square} * (-3.33332819422e-1 + {square} * (1.33314422036e-1 + {square} * (-5.37397155531e-2"
     " + {square} * (2.06390887954e-2 + {square} * -5.70498872745e-3))))"
 )
-"""tanh for |x| < 0.625 to one ulp of fp32 (Cephes, tanhf), where 1 - 2 / (exp(2x) + 1) would cancel."""
+"""tanh for |x| < 0.625 to one ulp of fp32 (Cephes, tanhf), where 1 - exp(-2|x|) would cancel."""
 
 
 @emits(aten.tanh.default)
@@ -215,7 +215,8 @@ def tanh(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     x = operand(kernel, node.args[0], index, len(index), dtype_of(node))
     square = kernel.assign("square", f"{x} * {x}")
     near = kernel.assign("near", TANH_NEAR.format(x=x, square=square))
-    far = kernel.assign("far", f"1.0 - 2.0 / (tl.exp(2.0 * {x}) + 1.0)")
+    decay = kernel.assign("decay", f"tl.exp(-2.0 * tl.abs({x}))")
+    far = kernel.assign("far", f"tl.where({x} < 0, {decay} - 1.0, 1.0 - {decay}) / (1.0 + {decay})")
     return kernel.let(node, f"tl.where({square} < 0.390625, {near}, {far})")
 
 

@@ -24,7 +24,7 @@ class Target:
     gemv_k: depth of one step of a product of a packed weight with a vector; gemv_rows: rows of a row-major weight that
     one program multiplies with one. attention: query rows and key columns of a tile.
     decode_keys: keys per step of decode attention. splits: programs that share the keys of one head while decoding.
-    min_dot_rows: the smallest row count that `tl.dot` takes.
+    min_dot_size: the smallest size that `tl.dot` takes.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Target:
     attention: tuple[int, int]
     decode_keys: int
     splits: int
-    min_dot_rows: int
+    min_dot_size: int
 
 
 CPU = Target(
@@ -49,7 +49,7 @@ CPU = Target(
     attention=(64, 64),
     decode_keys=64,
     splits=4,
-    min_dot_rows=1,
+    min_dot_size=1,
 )
 
 CUDA = Target(
@@ -62,7 +62,7 @@ CUDA = Target(
     attention=(64, 64),
     decode_keys=64,
     splits=16,
-    min_dot_rows=16,
+    min_dot_size=16,
 )
 
 TARGETS: dict[str, Target] = {target.name: target for target in (CPU, CUDA)}

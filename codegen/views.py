@@ -111,14 +111,18 @@ def reshape_index(old: Index, new: Index, index: Index) -> Index:
     """Index into sizes `old` of the element at `index` of sizes `new`, axis group by axis group.
 
     Axes are grouped from the left until both sides hold as many elements, so that axes that a reshape leaves alone
-    keep their own index and only split or merged ones are divided.
+    keep their own index and only split or merged ones are divided. Where the old axes hold a multiple of the new
+    ones, it is the new ones that lack an axis.
     """
     result: list[sympy.Expr] = []
     i = j = 0
     while i < len(old) or j < len(new):
         end_i, end_j = min(i + 1, len(old)), min(j + 1, len(new))
-        while not same(sympy.prod(old[i:end_i]), sympy.prod(new[j:end_j])):
-            if end_j < len(new) and (end_i == len(old) or len(old) - end_i <= len(new) - end_j):
+        while True:
+            ratio = sympy.cancel(sympy.prod(old[i:end_i]) / sympy.prod(new[j:end_j]))
+            if ratio == 1:
+                break
+            if end_j < len(new) and (end_i == len(old) or sympy.denom(ratio) == 1):
                 end_j += 1
             elif end_i < len(old):
                 end_i += 1

@@ -111,10 +111,11 @@ class Compiled:
         inputs = {names[given]: x for given, x in tensors.items() if given not in self.weights}
         return self.executable(inputs, self.weights)
 
-    def check(self, **tensors: Tensor) -> list[Tensor]:
+    def check(self, luck: int = 0, **tensors: Tensor) -> list[Tensor]:
         """Run and compare every output, and every state afterwards, with eager; returns the outputs.
 
-        Eager's error is the largest of all runs so far: where there are few elements, check many first.
+        Eager's error is the largest of all runs so far: where there are few elements, check many first, or grant
+        that eager was lucky not to be off by `luck` ulps of the largest element.
         """
         cached = {name: tensors[name].clone() for name in self.states}
         actual = self(**{**tensors, **cached})
@@ -122,6 +123,8 @@ class Compiled:
         results = zip((*actual, *cached.values()), self.eager(tensors), self.eager(wide), strict=True)
         for position, (ours, theirs, truth) in enumerate(results):
             seen = self.eager_errors.get(position, 0.0)
+            if luck and ours.is_floating_point() and ours.numel():
+                seen = max(seen, luck * torch.finfo(ours.dtype).eps * theirs.nan_to_num(0, 0, 0).abs().max().item())
             self.eager_errors[position] = assert_close_to_reference(ours, theirs, truth, f"output {position}", seen)
         return actual
 

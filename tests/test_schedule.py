@@ -196,7 +196,9 @@ def check_random_graph(seed: int) -> None:
     dtype = (torch.float32, torch.bfloat16)[seed % 2]
     shape = SHAPES[seed % len(SHAPES)]
     tensors = {"x": random(*shape, dtype=dtype, seed=seed), "y": random(*shape[-1:], dtype=dtype, seed=seed + 1)}
-    check(lambda x, y: random_values(Random(seed), x, y) or (x + y,), **tensors)
+    compiled = Compiled(lambda x, y: random_values(Random(seed), x, y) or (x + y,), tensors)
+    compiled.check(luck=1, **tensors)
+    assert not compiled.fallbacks
 
 
 @pytest.mark.parametrize("seed", range(24))
