@@ -204,11 +204,17 @@ class Program:
         if key not in self._built:
             name = f"{kind}-padded" if padded else kind
             found = self._cached(name)
-            if found is None or not (self._libraries / found.library).exists():
-                found = build(self.stages, kind, padded, self.target, self._libraries)
+            if found is None or not (self.libraries / found.library).exists():
+                found = build(self.stages, kind, padded, self.target, self.libraries)
                 self._remember(name, found)
             self._built[key] = found
         return self._built[key]
+
+    def weights(self, kind: str, padded: bool = False) -> dict[str, Tensor]:
+        """The weights of a graph as its kernels read them, by buffer."""
+        if (kind, padded) not in self._executables:
+            self._load(kind, padded)
+        return self._bound[kind, padded]
 
     def _load(self, kind: str, padded: bool) -> Executable:
         built = self.built(kind, padded)
@@ -224,13 +230,13 @@ class Program:
             from .codegen.launcher import fallback_calls
 
             fallbacks = fallback_calls(self.stages.scheduled(kind, padded))
-        executable = NativeExecutable(built.manifest, self._libraries / built.library, fallbacks)
+        executable = NativeExecutable(built.manifest, self.libraries / built.library, fallbacks)
         self._executables[kind, padded] = executable
         self._bound[kind, padded] = weights
         return executable
 
     @property
-    def _libraries(self) -> Path:
+    def libraries(self) -> Path:
         return self.cache / "libraries"
 
     def _cached(self, name: str) -> Any:

@@ -55,10 +55,10 @@ def cpp_kernel(kernel: Kernel, target: CpuTarget) -> CppKernel:
     )
 
 
-def cpp_source(schedule: Schedule, plan: MemoryPlan, names: dict, target: CpuTarget) -> str:
+def cpp_source(schedule: Schedule, plan: MemoryPlan, names: dict, target: CpuTarget, timed: bool = False) -> str:
     """The translation unit of a schedule: its kernels and its step functions."""
     kernels = {kernel.symbol: cpp_kernel(kernel, target) for kernel in schedule.kernels}
-    steps = StepPrinter(schedule, plan, kernels, names).functions()
+    steps = StepPrinter(schedule, plan, kernels, names, timed).functions()
     return "\n\n".join([PRELUDE, *(kernel.cpp for kernel in kernels.values()), steps])
 
 

@@ -1,6 +1,6 @@
 """A schedule as native code: one C++ function per run of launches, with one parallel region over all of them.
 
-    for each launch:  threads take programs of its grid, one at a time;  barrier
+    for each launch:  threads take programs of its grid, one at a time, until all are done
 
 Sizes, offsets and grids are computed by the function itself from the runtime sizes, so a call passes only
 pointers and sizes. An op without a kernel ends a function; the next one starts behind it.
@@ -34,34 +34,45 @@ C_TYPES: dict[torch.dtype, str] = {
 
 
 EXPORT = 'extern "C" __attribute__((visibility("default")))'
-TEAM = """// The threads of one parallel region: they take programs from a counter and wait for each other. A thread
-// that waits for long gives its core away, so that a busy machine slows a step down instead of stopping it.
-extern "C" int omp_get_num_threads(void);
+TEAM = """// The threads of a step take the programs of a launch one at a time and go on once all are done: a thread
+// that lost its core holds nobody up unless it took a program with it. Who waits for long gives its core away.
 extern "C" int sched_yield(void);
 
-struct Team {
-  alignas(64) int arrived = 0;
-  alignas(64) int round = 0;
-
-  void wait(int threads) {
-    const int seen = __atomic_load_n(&round, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == threads) {
-      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&round, seen + 1, __ATOMIC_RELEASE);
-      return;
-    }
-    for (int spins = 0; __atomic_load_n(&round, __ATOMIC_ACQUIRE) == seen; ++spins) {
-#if defined(__x86_64__)
-      if (spins < 2048) { __builtin_ia32_pause(); continue; }
-#endif
-      sched_yield();
-    }
-  }
+struct Launch {
+  alignas(64) int64_t next;
+  int64_t done;
 };
 
-static inline int64_t take(int64_t* next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+static inline int64_t take(Launch& launch) { return __atomic_fetch_add(&launch.next, 1, __ATOMIC_RELAXED); }
+
+static inline void finish(Launch& launch, int64_t mine, int64_t all) {
+  if (mine) __atomic_fetch_add(&launch.done, mine, __ATOMIC_ACQ_REL);
+  for (int spins = 0; __atomic_load_n(&launch.done, __ATOMIC_ACQUIRE) < all; ++spins) {
+#if defined(__x86_64__)
+    if (spins < 2048) { __builtin_ia32_pause(); continue; }
+#endif
+    sched_yield();
+  }
+}
 """
 """What the step functions share."""
+
+CLOCK = """
+extern "C" int omp_get_thread_num(void);
+extern "C" double omp_get_wtime(void);
+
+static double seconds[{count}], last_stamp;
+
+{export} double* launch_seconds() {{ return seconds; }}
+
+static inline void stamp(int launch) {{
+  if (omp_get_thread_num() != 0) return;
+  const double now = omp_get_wtime();
+  seconds[launch] += now - last_stamp;
+  last_stamp = now;
+}}
+"""
+"""What timed step functions add: the seconds from the end of one launch to the end of the next, summed over calls."""
 
 PARAMETERS = "void* const* buffers, const int64_t* sizes, char* arena, int threads"
 
@@ -101,10 +112,19 @@ def run_buffers(schedule: Schedule) -> list[Buffer]:
 
 
 class StepPrinter:
-    """Prints the functions of one schedule."""
+    """Prints the functions of one schedule. timed: they also measure each launch, for `effc profile`."""
 
-    def __init__(self, schedule: Schedule, plan: MemoryPlan, kernels: dict[str, CppKernel], names: dict) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        plan: MemoryPlan,
+        kernels: dict[str, CppKernel],
+        names: dict[sympy.Symbol, str],
+        timed: bool = False,
+    ) -> None:
+        self.timed = timed
         self.schedule, self.plan, self.kernels, self.names = schedule, plan, kernels, names
+        self.all_launches = [launch for step in schedule.steps for launch in step.launches]
         self.positions = {buffer.name: i for i, buffer in enumerate(run_buffers(schedule))}
 
     def size(self, expr: sympy.Basic) -> str:
@@ -130,11 +150,14 @@ class StepPrinter:
     def launch(self, launch: Launch, indent: str, position: int) -> Iterator[str]:
         grid = [self.size(extent) for extent in launch.grid]
         yield f"{indent}{{  // {', '.join(launch.nodes)}"
-        yield f"{indent}  const int64_t nx = {grid[0]}, ny = {grid[1]}, nz = {grid[2]};"
-        yield f"{indent}  for (int64_t i = take(&next[{position}]); i < nx * ny * nz; i = take(&next[{position}]))"
+        yield f"{indent}  const int64_t nx = {grid[0]}, ny = {grid[1]}, nz = {grid[2]}, all = nx * ny * nz;"
+        yield f"{indent}  int64_t mine = 0;"
+        yield f"{indent}  for (int64_t i; (i = take(launches[{position}])) < all; ++mine)"
         place = "i % nx, i / nx % ny, i / (nx * ny), nx, ny, nz"
         yield f"{indent}    {launch.kernel.symbol}({self.arguments(launch)}, {place});"
-        yield f"{indent}  team.wait(threads);"
+        yield f"{indent}  finish(launches[{position}], mine, all);"
+        if self.timed:
+            yield f"{indent}  stamp({self.all_launches.index(launch)});"
         yield f"{indent}}}"
 
     def step(self, step: Step, positions: Iterator[int]) -> Iterator[str]:
@@ -161,6 +184,7 @@ class StepPrinter:
     def functions(self) -> str:
         lines = [
             TEAM,
+            CLOCK.format(count=len(self.all_launches), export=EXPORT) if self.timed else "",
             f"{EXPORT} int64_t arena_bytes(const int64_t* sizes) {{",
             *self.preamble(),
             "  return end;",
@@ -173,11 +197,10 @@ class StepPrinter:
             lines += [
                 f"{EXPORT} void {segment.function}({PARAMETERS}) {{",
                 *self.preamble(),
-                f"  int64_t next[{max(count, 1)}] = {{}};",
-                "  Team team;",
+                f"  Launch launches[{max(count, 1)}] = {{}};",
+                *(["  last_stamp = omp_get_wtime();"] if self.timed else []),
                 "  #pragma omp parallel num_threads(threads)",
                 "  {",
-                "    const int threads = omp_get_num_threads();",
                 *(line for step in segment.steps for line in self.step(step, positions)),
                 "  }",
                 "}",
