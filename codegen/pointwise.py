@@ -10,6 +10,7 @@ Low-precision values are computed in fp32 and rounded where eager rounds: after 
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import re
 from collections.abc import Callable, Mapping
@@ -238,7 +239,7 @@ class RowKernel:
         on_cols = symbols is None or self.condition or not self.across.isdisjoint(symbols)
         if on_cols and self.masks_columns:
             terms.append("col_mask")
-        return " & ".join(terms)
+        return conjunction(terms)
 
     @property
     def masks_columns(self) -> bool:
@@ -294,13 +295,13 @@ class RowKernel:
         pointer = self.pointer(store.layout, "out" if len(self.made_here) == 1 else short_name(store.node.name))
         on_columns = None if COL in expr.free_symbols or self.domain.cols == 1 else expr
         mask = self.mask_text(on_columns)
-        stored = f"{value.name}.to({TL_TYPES[store.layout.buffer.dtype]})"
+        dtype = store.layout.buffer.dtype
+        stored = value.name if value.dtype == dtype not in LOW_PRECISION else f"{value.name}.to({TL_TYPES[dtype]})"
         place_text = self.index_text(expr)
         if not re.search(r"\b(row|col|i\d+)\b", place_text):
             place_text += " + tl.arange(0, 1)[None, :]"
         line = f"tl.store({pointer} + {place_text}, {stored}" + (f", mask={mask})" if mask else ")")
-        self.body.append("")
-        self.body.append(line)
+        self.body += ["", line, ""]
 
     # --- reductions --------------------------------------------------------------------------------------------
 
@@ -359,7 +360,7 @@ class RowKernel:
         signature = [(p, self.pointer_types[p]) for p in self.pointers] + [(p, "i32") for p in size_params]
         constants = (("BLOCK_R", block_r if row_masked else 1), ("BLOCK_C", block_c))
         header = ", ".join([*params, *(f"{constant}: tl.constexpr" for constant, _ in constants)])
-        sections = [lines, self.loads, self.body]
+        sections = [lines, self.loads, *paragraphs(self.body)]
         code = "\n\n".join("\n".join(f"    {line}" if line else "" for line in part) for part in sections if part)
         source = f"@triton.jit\ndef {name}({header}):\n{code}\n"
         grid_c = ONE if self.reduces or block_c == cols else FloorDiv(cols + block_c - 1, block_c)
@@ -367,6 +368,16 @@ class RowKernel:
         arguments = (*self.pointers.values(), *(self.size_symbols[p] for p in size_params))
         kernel = Kernel(name, source, tuple(signature), constants)
         return Launch(kernel, grid, arguments, tuple(dict.fromkeys(self.nodes)), writes)
+
+
+def conjunction(terms: list[str]) -> str:
+    """All of the terms; a single one needs no parentheses of its own."""
+    return terms[0].removeprefix("(").removesuffix(")") if len(terms) == 1 else " & ".join(terms)
+
+
+def paragraphs(lines: list[str]) -> list[list[str]]:
+    """Lines between blank ones."""
+    return [list(group) for blank, group in itertools.groupby(lines, lambda line: line == "") if not blank]
 
 
 def node_index(node: fx.Node, domain: Domain) -> Index:

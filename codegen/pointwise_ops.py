@@ -14,7 +14,7 @@ from torch import fx
 
 from ..compiler.graph import dtype_of, is_tensor, size_expr, sizes
 from .kernel import TL_TYPES
-from .pointwise import EMITTERS, LOW_PRECISION, NoKernel, RowKernel, Value
+from .pointwise import EMITTERS, LOW_PRECISION, NoKernel, RowKernel, Value, conjunction
 from .views import Index
 
 aten = torch.ops.aten
@@ -283,7 +283,7 @@ def cat(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
         kernel.condition += terms
         value = operand(kernel, part, here, len(index), dtype_of(node))
         del kernel.condition[len(kernel.condition) - len(terms) :]
-        result = f"tl.where({' & '.join(terms)}, {value}, {result})" if result and terms else value
+        result = f"tl.where({conjunction(terms)}, {value}, {result})" if result and terms else value
     return kernel.let(node, result)
 
 

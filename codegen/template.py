@@ -6,6 +6,8 @@ Sizes that are known only at run time become parameters.
 
 from __future__ import annotations
 
+import re
+
 import sympy
 from jinja2 import Environment, StrictUndefined
 
@@ -13,7 +15,6 @@ from .kernel import TRITON_TYPES, Buffer, Kernel, Launch, Layout, Packed, Pointe
 
 ENVIRONMENT = Environment(
     undefined=StrictUndefined,
-    line_statement_prefix="#%",
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
@@ -33,12 +34,12 @@ class Arguments:
         return name
 
     def size(self, name: str, value: sympy.Expr | int) -> str:
-        """Text of a size: the number itself, or a parameter that holds it."""
+        """Text of a size: the number itself, or a parameter that holds it; equal strides of one tensor share one."""
         value = sympy.sympify(value)
         if value.is_Integer:
             return str(value)
         for known, expr in self.sizes:
-            if expr == value:
+            if expr == value and known.split("_stride_")[0] == name.split("_stride_")[0]:
                 return known
         self.sizes.append((name, value))
         return name
@@ -61,6 +62,8 @@ class Arguments:
         writes: tuple[Buffer, ...],
         **values: object,
     ) -> Launch:
+        # Jinja's own line statements would swallow the blank lines behind them.
+        template = re.sub(r"^#% (.*)$", r"{% \1 %}", template, flags=re.MULTILINE)
         source = ENVIRONMENT.from_string(template).render(name=name, header=self.header, **values).strip("\n") + "\n"
         signature = (*((n, kind) for n, kind, _ in self.pointers), *((n, "i32") for n, _ in self.sizes))
         kernel = Kernel(name, source, signature, tuple(self.constants))

@@ -316,3 +316,27 @@ def test_squares_of_runtime_sizes() -> None:
 
 def test_an_arange_of_floats_runs_through_aten() -> None:
     check(lambda x: torch.arange(0, 1, 0.25) + x, x=random(4), fallbacks=1)
+
+
+NORM = """\
+@triton.jit
+def rms_norm(x_ptr, w_ptr, out_ptr, B, S, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    col = tl.arange(0, BLOCK_C)[None, :]
+    row_mask = row < B*S
+
+    x = tl.load(x_ptr + col + 16*row, mask=row_mask, other=0)
+    w = tl.load(w_ptr + col)
+
+    total = tl.sum(x * x, axis=1)[:, None]
+    scale = 1.0 / tl.sqrt(total / 16 + 1e-06)
+    rms_norm = x * scale
+    rms_norm_2 = rms_norm * w
+
+    tl.store(out_ptr + col + 16*row, rms_norm_2, mask=row_mask)
+"""
+
+
+def test_the_code_is_what_a_person_would_write() -> None:
+    compiled = check(lambda x, w: effc.rms_norm(x, w, 1e-6), x=random(2, 3, 16), w=random(16), dynamic={"x": (0, 1)})
+    assert compiled.source == NORM
