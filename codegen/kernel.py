@@ -52,7 +52,7 @@ class Kernel:
     """One generated Triton kernel. Equal sources are one kernel, whichever layer they come from.
 
     source: text of the `@triton.jit` function. signature: parameter -> Triton type, in order. constants: values of
-    its `tl.constexpr` parameters. multiples_of_16: parameters known to be divisible by 16.
+    its `tl.constexpr` parameters.
     """
 
     name: str

@@ -402,4 +402,4 @@ def short_name(name: str) -> str:
 
 Emitter = Callable[[RowKernel, fx.Node, Index], Value]
 EMITTERS: dict[Any, Emitter] = {}
-"""How each op computes its value at an index. `pointwise_ops.py` fills it."""
+"""How each op computes its value at an index. `pointwise_ops.py` and `reductions.py` fill it."""
