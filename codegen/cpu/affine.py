@@ -152,6 +152,34 @@ class AffineAnalysis:
         return None
 
 
+def step(value: Value, at: Map, dim: int) -> int | None:
+    """How much an integer or pointer grows per element along `dim`, whatever it is along the others; None if unknown.
+
+    It needs no affine form of the whole: a row's address may be looked up, its columns still follow each other.
+    """
+    if not value.type.is_tensor or dim not in at:
+        return 0
+    op = value.op
+    if op is None:
+        return None
+    if op.name in ("tt.splat", "arith.constant"):
+        return 0
+    if op.name == "tt.make_range":
+        return 1
+    if (inner := through_view(value, at)) is not None:
+        return step(*inner, dim)
+    if op.name in ("arith.extsi", "arith.index_cast"):
+        return step(op.operands[0], at, dim)
+    if op.name in ("arith.addi", "tt.addptr", "arith.subi"):
+        left, right = (step(operand, at, dim) for operand in op.operands)
+        if left is None or right is None:
+            return None
+        return left - right if op.name == "arith.subi" else left + right
+    if all(step(operand, at, dim) == 0 for operand in op.operands) and op.name.startswith("arith."):
+        return 0
+    return None
+
+
 def through_view(value: Value, at: Map) -> tuple[Value, Map] | None:
     """What an op that only renames indices reads: its operand and the operand's map. None for other ops."""
     op = value.op

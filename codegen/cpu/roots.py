@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import ClassVar
 
-from .affine import Affine, Conjunct, Map, conjuncts, through_view
+from .affine import Affine, Conjunct, Map, conjuncts, step, through_view
 from .cells import Stored, row_major
 from .clip import Clipper
 from .dots import DotPrinter
@@ -51,7 +51,7 @@ class RootPrinter(ReducePrinter, DotPrinter, Clipper):
         """The dimension along which most memory is contiguous, and how many lanes to take of it."""
         identity = tuple(range(len(shape)))
         votes = [0.0] * len(shape)
-        forms = [] if pointer is None else [self.analysis.of(pointer, identity)]
+        pointers = [] if pointer is None else [(pointer, identity)]
         for value in values:
             for read, at in self.reads(value, identity):
                 if read in self.kernel.storage:
@@ -59,10 +59,10 @@ class RootPrinter(ReducePrinter, DotPrinter, Clipper):
                         if dim is not None and stride == 1:
                             votes[dim] += 0.5
                 else:
-                    forms.append(self.analysis.of(read.op.operands[0], at))
-        for form in forms:
+                    pointers.append((read.op.operands[0], at))
+        for found, at in pointers:
             for dim in identity:
-                if form is not None and form.coefficient(dim) == 1:
+                if step(found, at, dim) == 1:
                     votes[dim] += 1
         wide = [d for d in identity if shape[d] > 1]
         if not wide:
