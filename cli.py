@@ -1,4 +1,4 @@
-"""The commands: `effc pull | generate | dump | explain | bench`.
+"""The commands: `effc pull | generate | dump | explain | profile | bench`.
 
 Nothing heavy is imported before the arguments are known to be good. What the model says, paths and tables go to
 standard output; progress and statistics go to standard error, and only where that is a terminal.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .compiler.errors import EffcError, InputError
-from .runtime.sampling_params import SamplingParams, check_max_new_tokens
+from .runtime.sampling_params import SamplingParams, check_integer, check_max_new_tokens
 from .runtime.store import DEFAULT_MODEL, MODELS, Progress, pull, resolve
 
 if TYPE_CHECKING:
@@ -170,6 +170,27 @@ def explain_command(model: ModelArgument, dtype: DtypeOption = None, as_json: Js
         print(json.dumps(explanation.to_dict(), ensure_ascii=False))
     else:
         show(explanation)
+
+
+@app.command("profile")
+def profile_command(
+    model: ModelArgument,
+    graph: Annotated[str, typer.Option(help="prefill or decode.")] = "decode",
+    tokens: Annotated[int, typer.Option(help="Length of the prompt, or of the context that is decoded behind.")] = 512,
+    repeats: Annotated[int, typer.Option(help="Runs; the fastest one counts.")] = 10,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time every kernel of a graph: milliseconds, share, GFLOP/s and GB/s."""
+    for name, value in (("tokens", tokens), ("repeats", repeats)):
+        check_integer(name, value, "above 0", lambda found: found > 0)
+    path = located(model)
+    with status(f"compiling {model}"):
+        from . import compile as compile_model
+        from .profiling import profile
+
+        result = profile(compile_model(path, dtype=dtype and dtype.torch_dtype()), graph, tokens, repeats)
+    print(json.dumps(result.to_dict()) if as_json else result)
 
 
 @app.command(

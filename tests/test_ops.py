@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import sympy
 import torch
-from effc.codegen.schedule import has_kernel
+from effc.codegen.table import has_kernel
 from effc.compiler.graph import Graph
 from effc.compiler.ops import ACTIVATIONS, LEGAL, OPS, STATE_OPS, Cost, op_of
 from torch import Tensor
@@ -109,7 +109,7 @@ def test_every_op_is_tried():
 
 @pytest.mark.parametrize("name", OPS)
 def test_every_op_has_a_kernel(name):
-    assert has_kernel(name), f"{name}: add a template to codegen/schedule.py or an emitter to codegen/pointwise.py"
+    assert has_kernel(name), f"{name}: add a template to codegen/table.py or an emitter to codegen/pointwise.py"
 
 
 @pytest.mark.parametrize("name", OPS)

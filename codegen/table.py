@@ -1,0 +1,57 @@
+"""Which op is lowered how: the kernels of the op vocabulary and of the writes to caches, in one table each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compiler.graph import sizes
+from ..compiler.ops import OPS
+from . import attention, linear, pointwise_ops, reductions, rope  # noqa: F401  (the two fill EMITTERS)
+from .kernel import Layout
+from .pointwise import EMITTERS, Slot
+from .scope import Scope
+
+aten, effc = torch.ops.aten, torch.ops.effc
+
+TEMPLATES: dict[Any, Callable[[Scope, fx.Node], None]] = {
+    effc.linear.default: linear.lower,
+    effc.gated_linear.default: linear.lower,
+    effc.attention.default: attention.lower,
+    effc.cached_attention.default: attention.lower,
+    effc.rope.default: rope.lower,
+}
+"""Ops with a kernel of their own; `pointwise.EMITTERS` has the others."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """How a kernel writes to a cache. operands: (new values, positions) of a node; slot: where they land."""
+
+    operands: Callable[[fx.Node], tuple[fx.Node, fx.Node]]
+    slot: Callable[[fx.Node, Layout], Slot]
+
+
+WRITES: dict[Any, Write] = {
+    effc.kv_write.default: Write(
+        lambda node: (node.args[1], node.args[2]),
+        lambda node, positions: Slot(axis=2, positions=positions, by=0, adds=True),
+    ),
+    aten.index_copy_.default: Write(
+        lambda node: (node.args[3], node.args[2]),
+        lambda node, positions: Slot(
+            axis=node.args[1] % len(sizes(node)), positions=positions, by=node.args[1] % len(sizes(node)), adds=False
+        ),
+    ),
+}
+"""Writes in place: effc's own, and the one that Hugging Face's static cache is made of."""
+
+
+def has_kernel(op: str) -> bool:
+    """Whether an op of the vocabulary has a kernel; a test holds that each has."""
+    target = OPS[op].target
+    return target in TEMPLATES or target in EMITTERS or target in WRITES
