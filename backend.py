@@ -19,18 +19,19 @@ from torch import Tensor, fx, nn
 
 from .codegen.build import build_native
 from .codegen.cpu import host_target
-from .codegen.executable import Executable, NativeExecutable
+from .codegen.executable import Executable, NativeExecutable, runtime_sizes, size_function
+from .codegen.expr import python_text
 from .codegen.launcher import TritonExecutable, fallback_calls, manifest_of
 from .codegen.memory import plan_memory
 from .codegen.schedule import schedule
 from .codegen.target import CPU, CUDA
 from .compiler.dynamo import trace_dynamo
 from .compiler.errors import InputError, ModelError
-from .compiler.graph import Graph, is_tensor
+from .compiler.graph import Graph, is_tensor, size_expr
 from .compiler.weights import Concat, Read, Weight, evaluate
 from .passes import pipeline
-from .report import GraphExplanation, dump_kernels, explain_graph
-from .runtime.store import cache_dir
+from .report import GraphExplanation, dump_schedule, explain_graph
+from .runtime.store import cache_dir, write_atomically
 
 OPTIONS = ("skip", "dump")
 
@@ -70,45 +71,56 @@ def compile_graph(
         warnings.warn(f"effc: {name} runs in eager PyTorch: {refusal}", stacklevel=2)
         COMPILED.append(Compiled(GraphExplanation.refused(name, str(refusal)), None))
         return gm.forward
-    graph, report = pipeline.run(graph, skip=options.get("skip", ()), dump=dump)
+    graph, report = pipeline.run(graph, skip=options.get("skip", ()), dump=dump and dump / "graphs")
     device = device_of(graph)
-    scheduled = schedule(graph, CPU if device == "cpu" else CUDA, pack=False)
+    target = host_target() if device == "cpu" else None
+    scheduled = schedule(graph, CPU if target else CUDA, pack=False)
     names = scheduled.scope.names
     manifest, fallbacks = manifest_of(scheduled.schedule, names), fallback_calls(scheduled)
     executable: Executable
-    if device == "cpu":
+    if target is not None:
         plan = plan_memory(scheduled.schedule)
-        library = build_native(scheduled.schedule, plan, names, host_target(), cache_dir() / "libraries")
+        library = build_native(scheduled.schedule, plan, names, target, cache_dir() / "libraries")
         executable = NativeExecutable(manifest, library, fallbacks)
-        if dump is not None:
-            dump_kernels(scheduled, dump / "kernels", host_target())
     else:
         executable = TritonExecutable(scheduled.schedule, names, manifest, fallbacks, device)
-    COMPILED.append(Compiled(explain_graph(scheduled, report.steps, graph.notes), executable))
-    return Runner(gm, graph, executable, scheduled.recipes)
+    explanation = explain_graph(scheduled, report.steps, graph.notes)
+    if dump is not None:
+        dump_schedule(scheduled, dump, target)
+        write_atomically(dump / "index.txt", f"{report}\n{explanation}\n")
+    COMPILED.append(Compiled(explanation, executable))
+    return Runner(gm, graph, executable, scheduled.recipes, names)
 
 
 class Runner:
     """What Dynamo calls: binds its arguments to the graph's inputs and weights, and runs."""
 
-    def __init__(self, gm: fx.GraphModule, graph: Graph, executable: Executable, recipes: Mapping[str, Weight]) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        graph: Graph,
+        executable: Executable,
+        recipes: Mapping[str, Weight],
+        names: Mapping[Any, str],
+    ) -> None:
         positions = {node.name: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
         self.inputs = [(name, positions[name]) for name in graph.inputs]
         self.weights = LiveWeights(recipes, positions)
         self.executable = executable
-        self.outputs = graph.outputs
+        order = tuple(name for name, _, _ in executable.manifest.sizes)
+        self.outputs: list[Callable[..., Any] | None] = []  # None: the run's next tensor
+        for node in graph.outputs:
+            text = repr(node) if not isinstance(node, fx.Node) else ""
+            if isinstance(node, fx.Node) and not is_tensor(node):
+                text = python_text(size_expr(node), names)
+            self.outputs.append(size_function(order, text) if text else None)
 
     @torch.no_grad()
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         tensors = {name: arguments[position] for name, position in self.inputs}
         results = iter(self.executable(tensors, self.weights.bind(arguments)))
-        return tuple(next(results) if is_tensor(node) else self.scalar(node, tensors) for node in self.outputs)
-
-    def scalar(self, node: Any, tensors: Mapping[str, Any]) -> Any:
-        """An output that is no tensor: a constant, or a size."""
-        if not isinstance(node, fx.Node):
-            return node
-        return self.executable.size_of(node, tensors)
+        sizes = runtime_sizes(self.executable.manifest, tensors)
+        return tuple(next(results) if size is None else size(*sizes) for size in self.outputs)
 
 
 class LiveWeights:

@@ -15,6 +15,7 @@ from .runtime.store import write_atomically
 if TYPE_CHECKING:
     import torch
 
+    from .codegen.cpu import CpuTarget
     from .codegen.schedule import Scheduled
     from .passes.pipeline import Step
     from .program import Program
@@ -161,8 +162,7 @@ def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None) -> Pa
     lines = []
     for kind in KINDS:
         scheduled = program.stages.scheduled(kind, False)
-        write_atomically(output / f"{kind}.txt", describe_schedule(scheduled))
-        dump_kernels(scheduled, output / "kernels", program.target)
+        dump_schedule(scheduled, output, program.target)
         lines.append(str(explain_graph(scheduled, program.stages.steps(kind, False))))
     reports = [f"graphs/{name}\n{report}" for name, report in program.stages.reports.items()]
     index = output / "index.txt"
@@ -170,17 +170,21 @@ def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None) -> Pa
     return index
 
 
-def dump_kernels(scheduled: Scheduled, folder: Path, target: Any) -> None:
+def dump_schedule(scheduled: Scheduled, output: Path, target: CpuTarget | None) -> None:
+    """The launches and the memory plan of one graph, and its kernels: as C++ too if a CPU is the target."""
     from .codegen.build import cpp_kernel, kernel_file
 
+    write_atomically(output / f"{scheduled.schedule.name}.txt", describe_schedule(scheduled))
+    folder = output / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     for kernel in scheduled.schedule.kernels:
         launches = [launch for step in scheduled.schedule.steps for launch in step.launches if launch.kernel == kernel]
         nodes = [name for launch in launches for name in launch.nodes]
         write_atomically(folder / f"{kernel.symbol}.py", kernel_file(kernel, nodes))
-        lowered = cpp_kernel(kernel, target)
-        write_atomically(folder / f"{kernel.symbol}.ttir", lowered.ttir)
-        write_atomically(folder / f"{kernel.symbol}.cpp", lowered.cpp)
+        if target is not None:
+            lowered = cpp_kernel(kernel, target)
+            write_atomically(folder / f"{kernel.symbol}.ttir", lowered.ttir)
+            write_atomically(folder / f"{kernel.symbol}.cpp", lowered.cpp)
 
 
 def describe_schedule(scheduled: Scheduled) -> str:

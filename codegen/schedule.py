@@ -70,7 +70,7 @@ def attempt(graph: Graph, target: Target, pack: bool, realized: set[fx.Node], re
     place_placeholders(scope, result, pack)
     lower_units(scope, plan, merge_units(plan))
     result.steps = scope.steps
-    result.outputs = [scope.layout(node) for node in graph.outputs]
+    result.outputs = [scope.layout(node) for node in graph.outputs if is_tensor(node)]
     return Scheduled(result, scope.recipes, scope)
 
 

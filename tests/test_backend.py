@@ -134,6 +134,29 @@ def test_an_unknown_option_is_named() -> None:
         torch.compile(nn.Linear(4, 4).eval(), backend="effc", options={"quantise": 1})(torch.randn(2, 4))
 
 
+def test_sizes_and_constants_are_outputs_too() -> None:
+    def scaled(x: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor, None]:
+        return x * 2, x.shape[0] * 3, x, None
+
+    compiled = torch.compile(scaled, backend="effc", dynamic=True)
+    for rows in (3, 5, 8):
+        x = torch.randn(rows, 4)
+        doubled, size, same, nothing = compiled(x)
+        assert torch.equal(doubled, x * 2)
+        assert (size, same is x or torch.equal(same, x), nothing) == (rows * 3, True, None)
+
+
+def test_a_dump_holds_graphs_kernels_and_the_memory_plan(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("EFFC_DUMP", str(tmp_path))
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval().requires_grad_(False)
+    torch.compile(model, backend="effc")(torch.randn(3, 8))
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "graphs" / "00_traced.txt").exists()
+    assert "memory plan" in (folder / f"{folder.name}.txt").read_text()
+    assert {path.suffix for path in (folder / "kernels").iterdir()} == {".py", ".ttir", ".cpp"}
+    assert "launches of" in (folder / "index.txt").read_text()
+
+
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
