@@ -1,0 +1,131 @@
+"""The compiler's stages for one model: trace, passes, schedule, build; each made once, when it is first asked for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .codegen.executable import Manifest
+from .compiler.load import LoadedModel
+from .compiler.weights import Weight
+
+if TYPE_CHECKING:
+    from .codegen.cpu import CpuTarget
+    from .codegen.schedule import Scheduled
+    from .compiler.graph import Graph
+    from .passes.pipeline import Report, Step
+
+
+@dataclass(frozen=True)
+class Built:
+    """One graph as native code, with what fills its weights. Plain data: this is what the cache holds.
+
+    recipes: buffer -> recipe over the tensors of the model's file. library: file name in the cache's library folder.
+    """
+
+    manifest: Manifest
+    library: str
+    recipes: dict[str, Weight]
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a receipt tells of one graph: counts of kernels and launches, ops without kernels, and seconds."""
+
+    kernels: tuple[str, ...]
+    launches: int
+    fallbacks: tuple[str, ...]
+    passes: tuple[tuple[str, int, float], ...]
+    traced_calls: int
+    arena: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Stages:
+    """The compiler's stages for one model, each made once, on demand."""
+
+    def __init__(self, model: LoadedModel, skip: tuple[str, ...], dump: Path | None) -> None:
+        self.model, self.skip, self.dump = model, skip, dump
+        self.seconds: dict[str, float] = {}
+        self.reports: dict[str, Report] = {}
+        self._graphs: dict[tuple[str, bool], Graph] = {}
+        self._scheduled: dict[tuple[str, bool], Scheduled] = {}
+
+    @cached_property
+    def traced(self) -> Graph:
+        from .compiler.trace import trace
+
+        start = time.perf_counter()
+        graph = trace(self.model)
+        self.seconds["trace"] = time.perf_counter() - start
+        return graph
+
+    def graph(self, kind: str, padded: bool) -> Graph:
+        """The graph of `kind` that is scheduled; `padded` ones take an attention mask."""
+        from .passes import pipeline
+
+        key = (kind, padded)
+        if key not in self._graphs:
+            if kind != "forward":
+                base, passes = self.graph("forward", padded), pipeline.cached(kind)
+            elif not padded:
+                base, passes = self.graph("forward", True), pipeline.UNPADDED
+            else:
+                base, passes = self.traced, pipeline.PASSES
+            start = time.perf_counter()
+            name = f"{kind}-padded" if padded else kind
+            folder = None if self.dump is None else self.dump / name
+            skip = self.skip if base is self.traced else ()
+            self._graphs[key], self.reports[name] = pipeline.run(base, passes, skip=skip, dump=folder)
+            self.seconds[f"passes {name}"] = time.perf_counter() - start
+        return self._graphs[key]
+
+    def steps(self, kind: str, padded: bool) -> list[Step]:
+        """What each pass did on the way from the trace to a graph, in order."""
+        self.graph(kind, padded)
+        names = ["forward-padded", *([] if padded else ["forward"])]
+        if kind != "forward":
+            names.append(f"{kind}-padded" if padded else kind)
+        return [step for name in names for step in self.reports[name].steps]
+
+    def scheduled(self, kind: str, padded: bool) -> Scheduled:
+        from .codegen.schedule import schedule
+        from .codegen.target import CPU
+
+        key = (kind, padded)
+        if key not in self._scheduled:
+            start = time.perf_counter()
+            self._scheduled[key] = schedule(self.graph(kind, padded), CPU)
+            self.seconds[f"schedule {kind}"] = time.perf_counter() - start
+        return self._scheduled[key]
+
+
+def build(stages: Stages, kind: str, padded: bool, target: CpuTarget, libraries: Path) -> Built:
+    """Schedule one graph, print its kernels and compile them."""
+    from .codegen.build import build_native
+    from .codegen.launcher import manifest_of
+    from .codegen.memory import plan_memory
+
+    scheduled = stages.scheduled(kind, padded)
+    names = scheduled.scope.names
+    start = time.perf_counter()
+    plan = plan_memory(scheduled.schedule)
+    library = build_native(scheduled.schedule, plan, names, target, libraries)
+    stages.seconds[f"build {kind}"] = time.perf_counter() - start
+    resolve = getattr(stages.model.source, "resolve", lambda recipe: recipe)
+    steps = scheduled.schedule.steps
+    summary = Summary(
+        kernels=tuple(kernel.symbol for kernel in scheduled.schedule.kernels),
+        launches=sum(bool(step.launches) for step in steps),
+        fallbacks=tuple(f"{step.node.name}: {step.reason}" for step in scheduled.schedule.fallbacks),
+        passes=tuple((step.name, step.matches, step.seconds) for step in stages.steps(kind, padded)),
+        traced_calls=sum(node.op == "call_function" for node in stages.traced.nodes),
+        arena=str(plan.arena_bytes),
+        seconds=dict(stages.seconds),
+    )
+    recipes = {name: resolve(recipe) for name, recipe in scheduled.recipes.items()}
+    return Built(manifest_of(scheduled.schedule, names), library.name, recipes, summary)
