@@ -15,6 +15,7 @@ import hashlib
 import pickle
 import sys
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from .codegen.executable import Executable, NativeExecutable
 from .compiler.errors import InputError, ModelError
 from .compiler.load import LoadedModel
-from .compiler.weights import evaluate
+from .compiler.weights import Weight, evaluate
 from .runtime import decode, store
 from .stages import Built, Stages, build
 
@@ -131,13 +132,8 @@ class Program:
 
     def _load(self, kind: str, padded: bool) -> Executable:
         built = self.built(kind, padded)
-        source = self.model.base
-        weights = {}
-        for buffer, recipe in built.recipes.items():
-            key = recipe.key()
-            if key not in self._weights:
-                self._weights[key] = evaluate(recipe, source).contiguous()
-            weights[buffer] = self._weights[key]
+        self._evaluate(built.recipes.values())
+        weights = {buffer: self._weights[recipe.key()] for buffer, recipe in built.recipes.items()}
         fallbacks = ()
         if built.summary.fallbacks:
             from .codegen.launcher import fallback_calls
@@ -147,6 +143,14 @@ class Program:
         self._executables[kind, padded] = executable
         self._bound[kind, padded] = weights
         return executable
+
+    def _evaluate(self, recipes: Iterable[Weight]) -> None:
+        """Read the weights that no other graph has read yet, several at a time: unpacking blocks is numpy's work."""
+        missing = {recipe.key(): recipe for recipe in recipes if recipe.key() not in self._weights}
+        source = self.model.base
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            tensors = pool.map(lambda recipe: evaluate(recipe, source).contiguous(), missing.values())
+            self._weights.update(zip(missing, tensors))
 
     @property
     def libraries(self) -> Path:
