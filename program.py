@@ -224,11 +224,23 @@ def compile(
 
     Raises ModelError for a model that cannot be found, read or compiled.
     """
+    if isinstance(model, nn.Module):
+        refuse_other_devices(model)
     if not isinstance(model, LoadedModel):
         model = load(model, dtype)
     elif dtype is not None and dtype != model.dtype:
         raise InputError(f"the model is loaded as {model.dtype}, compile wants {dtype}: give dtype to effc.load")
     return Program(model, skip=skip, dump=None if dump is None else Path(dump))
+
+
+def refuse_other_devices(module: nn.Module) -> None:
+    """Raise for a module whose parameters are not in main memory: a Program is native code for the CPU."""
+    found = sorted({str(p.device) for p in module.parameters() if p.device.type not in ("cpu", "meta")})
+    if found:
+        raise InputError(
+            f"effc.compile runs on the CPU, found parameters on {found[0]}: move the model with model.cpu(), or use"
+            ' torch.compile(model, backend="effc")'
+        )
 
 
 def load(model: str | Path | nn.Module, dtype: torch.dtype | None = None) -> LoadedModel:
