@@ -60,7 +60,7 @@ def compile_graph(
     options = dict(options or {})
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise InputError(f"unknown option {unknown[0]!r} of backend effc; it takes {', '.join(OPTIONS)}")
-    refuse_training(gm, example_inputs)
+    refuse_training(example_inputs)
     folder = options.get("dump") or os.environ.get("EFFC_DUMP")
     dump = Path(folder) / f"graph{len(COMPILED)}" if folder else None
 
@@ -105,7 +105,7 @@ class Runner:
     ) -> None:
         positions = {node.name: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
         self.inputs = [(name, positions[name]) for name in graph.inputs]
-        self.weights = LiveWeights(recipes, positions)
+        self.weights = LiveWeights(recipes, positions, executable.device)
         self.executable = executable
         order = tuple(name for name, _, _ in executable.manifest.sizes)
         self.outputs: list[Callable[..., Any] | None] = []  # None: the run's next tensor
@@ -123,6 +123,28 @@ class Runner:
         return tuple(next(results) if size is None else size(*sizes) for size in self.outputs)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A weight as kernels read it, and what it was made of.
+
+    sources: the tensors that it was made of, held so that no later one takes their address. versions: their version
+    counters then; None where `tensor` shares their memory, and so their changes.
+    """
+
+    tensor: Tensor
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...] | None
+
+    def is_current(self, sources: Sequence[Tensor]) -> bool:
+        """Whether the weight still says what `sources` say. (Inference tensors do not count their changes.)"""
+        if any(old.data_ptr() != new.data_ptr() for old, new in zip(self.sources, sources)):
+            return False
+        return self.versions is None or (
+            not any(source.is_inference() for source in sources)
+            and all(source._version == version for source, version in zip(sources, self.versions))
+        )
+
+
 class LiveWeights:
     """The weights of a graph over parameters that stay the module's own.
 
@@ -130,29 +152,32 @@ class LiveWeights:
     evaluated to a copy, again whenever one of its parameters was replaced or changed in place.
     """
 
-    def __init__(self, recipes: Mapping[str, Weight], positions: Mapping[str, int]) -> None:
-        self.recipes, self.positions = dict(recipes), positions
-        self.bound: dict[str, Tensor] = {}
-        self.stamps: dict[str, tuple[tuple[int, int], ...]] = {}
+    def __init__(self, recipes: Mapping[str, Weight], positions: Mapping[str, int], device: str) -> None:
+        self.positions, self.device = positions, device
+        self.recipes = {
+            buffer: (recipe, tuple(positions[name] for name in recipe.names())) for buffer, recipe in recipes.items()
+        }
+        self.bound: dict[str, Bound] = {}
 
     def bind(self, arguments: Sequence[Any]) -> dict[str, Tensor]:
         """The tensor of each weight for one call."""
-        for buffer, recipe in self.recipes.items():
-            sources = [arguments[self.positions[name]] for name in recipe.names()]
-            joined = isinstance(recipe, Read) or is_join(recipe)
-            stamp = tuple((tensor.data_ptr(), 0 if joined else tensor._version) for tensor in sources)
-            if self.stamps.get(buffer) == stamp and stamp:
-                continue
-            self.bound[buffer] = self.make(recipe, sources, arguments)
-            self.stamps[buffer] = tuple((t.data_ptr(), 0 if joined else t._version) for t in sources)
-        return self.bound
+        for buffer, (recipe, positions) in self.recipes.items():
+            sources = [arguments[position] for position in positions]
+            if buffer not in self.bound or not self.bound[buffer].is_current(sources):
+                self.bound[buffer] = self.make(recipe, sources, arguments)
+        return {buffer: bound.tensor for buffer, bound in self.bound.items()}
 
-    def make(self, recipe: Weight, sources: list[Tensor], arguments: Sequence[Any]) -> Tensor:
+    def make(self, recipe: Weight, sources: Sequence[Tensor], arguments: Sequence[Any]) -> Bound:
+        versions = None
         if isinstance(recipe, Read) and sources[0].is_contiguous():
-            return sources[0].detach()
-        if is_join(recipe) and all(source.is_contiguous() for source in sources):
-            return join(sources)
-        return evaluate(recipe, Arguments(arguments, self.positions)).contiguous()
+            tensor = sources[0].detach()
+        elif is_join(recipe) and all(source.is_contiguous() for source in sources):
+            tensor = join(sources)
+        else:
+            tensor = torch.empty(recipe.shape, dtype=recipe.dtype, device=self.device)
+            evaluate(recipe, Arguments(arguments, self.positions), out=tensor)
+            versions = tuple(0 if source.is_inference() else source._version for source in sources)
+        return Bound(tensor, tuple(source.detach() for source in sources), versions)
 
 
 class Arguments:
@@ -185,7 +210,7 @@ def is_join(recipe: Weight) -> bool:
     )
 
 
-def join(parameters: list[Tensor]) -> Tensor:
+def join(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor of several, end to end; the parameters become views of it, unless they already lie so."""
     first = parameters[0]
     rows = sum(parameter.shape[0] for parameter in parameters)
@@ -206,7 +231,7 @@ def join(parameters: list[Tensor]) -> Tensor:
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
-def refuse_training(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+def refuse_training(example_inputs: Sequence[Any]) -> None:
     """Raise for a module in training mode or an input that wants a gradient; warn once where parameters do."""
     module = compiled_module()
     if module is not None and module.training:

@@ -6,6 +6,7 @@ A warm start comes here straight from the cache, so this file knows nothing of s
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,12 @@ class NativeExecutable(Executable):
         self.size_array = (ctypes.c_int64 * max(1, len(manifest.sizes)))()
         self.pointers = (ctypes.c_void_p * max(1, len(manifest.buffers)))()
         self.bound_sizes: tuple[int, ...] | None = None
+        self.lock = threading.Lock()
+
+    def __call__(self, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run; threads that call the same graph take turns, since it has one arena."""
+        with self.lock:
+            return super().__call__(tensors, weights)
 
     def run_segment(self, position: int, frame: Frame) -> None:
         if frame.sizes != self.bound_sizes:

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import effc
 import pytest
@@ -107,6 +108,66 @@ def test_merged_weights_are_the_modules_own_and_never_stale() -> None:
         for module in (model, eager):
             change(module)
         torch.testing.assert_close(logits_of(compiled, ids), logits_of(eager, ids), rtol=1e-4, atol=1e-5)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, whose kernel wants a transposed copy of the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(64), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_a_copy_of_a_weight_is_made_anew_where_the_weight_changes() -> None:
+    torch.manual_seed(0)
+    strided = nn.Linear(16, 8, bias=False).eval().requires_grad_(False)
+    strided.weight = nn.Parameter(torch.randn(16, 8).t(), requires_grad=False)
+    for model, x in ((strided, torch.randn(3, 16)), (Conv1D().eval(), torch.randn(3, 64))):
+        compiled = torch.compile(model, backend="effc")
+        torch.testing.assert_close(compiled(x), model(x))
+        model.weight.mul_(2)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_new_weight_where_an_old_one_lay_is_seen() -> None:
+    torch.manual_seed(0)
+    model, x = Conv1D().eval(), torch.randn(3, 64)
+    compiled = torch.compile(model, backend="effc")
+    compiled(x)
+    address = model.weight.data_ptr()
+    for _ in range(20):  # the allocator soon hands out the first address again, unless it is held
+        model.weight.data = torch.randn(64, 64)
+        if model.weight.data_ptr() == address:
+            break
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_weights_made_in_inference_mode_run() -> None:
+    with torch.inference_mode():
+        model, x = Conv1D().eval(), torch.randn(3, 64)
+        compiled = torch.compile(model, backend="effc")
+        torch.testing.assert_close(compiled(x), model(x))
+        model.weight.mul_(2)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_threads_that_share_a_graph_get_their_own_results() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.Softmax(-1))
+    model = nn.Sequential(*layers).eval().requires_grad_(False)
+    compiled = torch.compile(model, backend="effc", dynamic=True)
+    inputs = [torch.randn(rows, 64) for rows in (3, 7, 33, 128)]
+    expected = [(compiled(x), model(x))[1] for x in inputs]
+
+    def call(position: int) -> bool:
+        return torch.allclose(compiled(inputs[position % 4]), expected[position % 4], atol=1e-5)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(400)))
 
 
 def test_training_mode_is_refused_in_one_line() -> None:
