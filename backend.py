@@ -27,11 +27,12 @@ from .codegen.schedule import schedule
 from .codegen.target import CPU, CUDA
 from .compiler.dynamo import trace_dynamo
 from .compiler.errors import InputError, ModelError
+from .compiler.files import write_atomically
 from .compiler.graph import Graph, is_tensor, size_expr
 from .compiler.weights import Concat, Read, Weight, evaluate
 from .passes import pipeline
 from .report import GraphExplanation, dump_schedule, explain_graph
-from .runtime.store import cache_dir, write_atomically
+from .runtime.store import cache_dir
 
 OPTIONS = ("skip", "dump")
 

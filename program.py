@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from .codegen.executable import Executable, NativeExecutable
 from .compiler.errors import InputError, ModelError
+from .compiler.files import read_sealed, sealed, unsealed, write_atomically
 from .compiler.load import LoadedModel
 from .compiler.weights import Weight, evaluate
 from .runtime import decode, store
@@ -79,9 +79,9 @@ class Program:
         decode.check_prompt(input_ids, attention_mask, 0, self.config.vocab_size, self.config.max_position)
         batch, length = input_ids.shape
         padded = attention_mask is not None and not bool(attention_mask.all())
-        inputs = {"input_ids": input_ids, "position_ids": torch.arange(length).expand(batch, length)}
+        inputs = {"input_ids": input_ids.long(), "position_ids": torch.arange(length).expand(batch, length)}
         if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask.to(torch.int64)
+            inputs["attention_mask"] = (attention_mask != 0).long()
         return self.run("forward", inputs, {}, padded)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -118,7 +118,7 @@ class Program:
         if key not in self._built:
             name = f"{kind}-padded" if padded else kind
             found = self._cached(name)
-            if found is None or not (self.libraries / found.library).exists():
+            if found is None or unsealed(self.libraries / found.library) is None:
                 found = build(self.stages, kind, padded, self.target, self.libraries)
                 self._remember(name, found)
             self._built[key] = found
@@ -293,22 +293,13 @@ def source_digest() -> str:
 
 
 def write_record(path: Path, value: Any) -> None:
-    """Write a value with its hash in front."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = pickle.dumps(value)
-    store.write_atomically(path, hashlib.sha256(content).digest() + content)
+    write_atomically(path, sealed(pickle.dumps(value)))
 
 
 def read_record(path: Path) -> Any:
-    """The value, or None if there is none or its hash does not fit (it is made again then)."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        print(f"effc: {path} is damaged and will be made again", file=sys.stderr)
-        return None
-    return pickle.loads(content[32:])
+    """The value, or None if there is none or it is damaged (it is made again then)."""
+    content = read_sealed(path)
+    return None if content is None else pickle.loads(content)
 
 
 __all__ = ["KINDS", "ModelError", "Program", "ProgramConfig", "compile", "load"]

