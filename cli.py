@@ -169,7 +169,7 @@ def explain_command(model: ModelArgument, dtype: DtypeOption = None, as_json: Js
     if as_json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=False))
     else:
-        show(explanation)
+        print(explanation)
 
 
 @app.command("profile")
@@ -271,13 +271,6 @@ def status(text: str) -> Iterator[None]:
 
     with Console(stderr=True).status(text):
         yield
-
-
-def show(table: Any) -> None:
-    """Print a report: as wide as the terminal, or unwrapped where there is none."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,16 +73,18 @@ class Program:
     # --- running -----------------------------------------------------------------------------------------------
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V] of input_ids [B, S]. attention_mask [B, S] as Hugging Face means it: 0 hides a key.
+        """Logits [B, S, V] of input_ids [B, S]. attention_mask [B, S] hides keys where it is 0, at the left only.
+
+        Positions count what is visible, as in Hugging Face's `generate`, so a padded row equals that row alone.
 
         Raises InputError for ids out of the vocabulary or more of them than the model has positions for.
         """
         decode.check_prompt(input_ids, attention_mask, 0, self.config.vocab_size, self.config.max_position)
-        batch, length = input_ids.shape
         padded = attention_mask is not None and not bool(attention_mask.all())
-        inputs = {"input_ids": input_ids.long(), "position_ids": torch.arange(length).expand(batch, length)}
+        visible = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+        inputs = {"input_ids": input_ids.long(), "position_ids": (visible.cumsum(-1) - 1).clamp(min=0)}
         if attention_mask is not None:
-            inputs["attention_mask"] = (attention_mask != 0).long()
+            inputs["attention_mask"] = visible
         return self.run("forward", inputs, {}, padded)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -109,7 +112,8 @@ class Program:
         """Everything that the native code depends on, hashed; None for a model in memory, which has no identity."""
         if self.model.identity is None:
             return None
-        parts = (self.model.identity, self.model.dtype, self.skip, self.target, torch.__version__, source_digest())
+        versions = tuple(version(package) for package in ("torch", "triton", "transformers"))
+        parts = (self.model.identity, self.model.dtype, self.skip, self.target, versions, source_digest())
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def built(self, kind: str, padded: bool = False) -> Built:
@@ -140,8 +144,8 @@ class Program:
 
             fallbacks = fallback_calls(self.stages.scheduled(kind, padded))
         executable = NativeExecutable(built.manifest, self.libraries / built.library, fallbacks)
-        self._executables[kind, padded] = executable
         self._bound[kind, padded] = weights
+        self._executables[kind, padded] = executable
         return executable
 
     def _evaluate(self, recipes: Iterable[Weight]) -> None:

@@ -53,6 +53,11 @@ class GraphExplanation:
     missing: tuple[MissingKernel, ...]
     notes: tuple[str, ...]
 
+    @classmethod
+    def refused(cls, name: str, reason: str) -> GraphExplanation:
+        """A graph that eager PyTorch runs."""
+        return cls(name, (), (), (), 0, 0, (), (f"runs in eager PyTorch: {reason}",))
+
     def __str__(self) -> str:
         lines = [
             f"graph {self.name}: {self.launches} launches of {len(self.kernels)} kernels in {self.segments} segments"

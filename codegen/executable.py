@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiler.errors import InputError
+
 
 @dataclass(frozen=True)
 class Output:
@@ -61,7 +63,10 @@ class Frame:
             if buffer.kind == "weight":
                 self.buffers[buffer.name] = weights[buffer.name]
             elif buffer.kind in ("input", "state"):
-                self.buffers[buffer.name] = tensors[buffer.name]
+                tensor = tensors[buffer.name]
+                if tensor.dtype != buffer.dtype:
+                    raise InputError(f"{buffer.name} must be {buffer.dtype}, found {tensor.dtype}")
+                self.buffers[buffer.name] = tensor
 
 
 def runtime_sizes(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[int, ...]:

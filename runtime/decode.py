@@ -88,6 +88,9 @@ def check_prompt(
 
     attention_mask may be None. max_new_tokens is 0 where logits alone are wanted; context None has no limit.
     """
+    for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not (isinstance(value, Tensor) or (name == "attention_mask" and value is None)):
+            raise InputError(f"{name} must be a tensor [batch, length], found {type(value).__name__}")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"input_ids must be int64 [batch, length], found {input_ids.dtype} {list(input_ids.shape)}")
     batch, length = input_ids.shape

@@ -12,6 +12,7 @@ import pytest
 from effc import cli
 from effc.compiler.errors import ModelError
 from effc.llm import LLM
+from effc.report import Explanation, GraphExplanation
 from effc.runtime import store
 from effc.runtime.text import TextCodec
 
@@ -208,6 +209,15 @@ def test_explain_prints_a_table_or_json(capsys, model, monkeypatch):
     assert "fuse_norm  61 matches" in capsys.readouterr().out
     assert cli.run(["explain", model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"fuse_norm": 61}
+
+
+def test_explain_prints_the_text_of_an_explanation(capsys, model, monkeypatch):
+    graph = GraphExplanation.refused("prefill", "why")
+    explanation = Explanation("tiny on avx2", [graph])
+    monkeypatch.setattr(explanation, "explain", lambda: explanation, raising=False)
+    monkeypatch.setattr(effc, "compile", lambda path, dtype=None: explanation, raising=False)
+    assert cli.run(["explain", model]) == 0
+    assert capsys.readouterr().out == f"tiny on avx2\n\n{graph}\n"
 
 
 def test_bench_passes_its_arguments_on(capsys, monkeypatch, tmp_path):

@@ -7,7 +7,9 @@ from effc.runtime.decode import check_prompt, decode_one, extend, generate, pref
 from effc.runtime.kv_cache import KVCache, reuse_or_allocate
 from effc.runtime.sampling_params import SamplingParams
 
-from .tiny_llama import ScriptedProgram, TinyProgram, one_thread, tiny_llama  # noqa: F401
+from .tiny_llama import ScriptedProgram, TinyProgram, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,8 @@ REFUSALS = {
     "a prompt of 125 tokens and max_new_tokens=4 exceed the context of 128: 3 new tokens have room": {
         "input_ids": torch.ones(1, 125, dtype=torch.long)
     },
+    "input_ids must be a tensor [batch, length], found list": {"input_ids": [[1, 2]]},
+    "attention_mask must be a tensor [batch, length], found list": {"attention_mask": [[1, 1, 1]] * 2},
     "max_new_tokens must be an integer of at least 1, found 0": {"max_new_tokens": 0},
     "max_new_tokens must be an integer of at least 1, found True": {"max_new_tokens": True},
     "max_new_tokens must be an integer of at least 1, found 2.5": {"max_new_tokens": 2.5},
