@@ -73,7 +73,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Contiguous memory of a run. kind: "input", "weight", "state", "output", "temporary" or "fallback"."""
+    """Contiguous memory of a run.
+
+    kind: "input", "weight", "state", "output", "temporary" (in the arena), "shared" (a kernel's result that an op
+    without a kernel reads) or "fallback" (what such an op returns).
+    """
 
     name: str
     elements: sympy.Expr
@@ -135,7 +139,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """Run a kernel over a grid. reads and writes name the buffers, for the memory plan and the dumps."""
+    """Run a kernel over a grid. nodes: what it stands for; writes: the buffers that it fills."""
 
     kernel: Kernel
     grid: tuple[sympy.Expr, ...]

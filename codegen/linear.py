@@ -157,7 +157,7 @@ def lower(scope: Scope, node: fx.Node) -> None:
         raise NoKernel("the sizes of a linear's weight must be known when compiling")
     if residual is not None and sizes(residual) != sizes(node):
         raise NoKernel(f"a residual of {sizes(residual)} added to {sizes(node)} has no kernel")
-    case = Case(scope, node, gated, bias, residual, activation)
+    case = Case(scope, node, gated, activation)
     case.x = flat_rows(scope, x)
     case.weight = scope.weight(weight)
     case.bias = None if bias is None else scope.contiguous(bias)
@@ -177,9 +177,7 @@ def lower(scope: Scope, node: fx.Node) -> None:
 class Case:
     """One linear to lower: its operands and what its kernels have in common."""
 
-    def __init__(
-        self, scope: Scope, node: fx.Node, gated: bool, bias: object, residual: object, activation: str
-    ) -> None:
+    def __init__(self, scope: Scope, node: fx.Node, gated: bool, activation: str) -> None:
         self.scope, self.node, self.gated, self.activation = scope, node, gated, activation
         self.x: Layout
         self.weight: Layout | Packed

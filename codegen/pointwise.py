@@ -116,7 +116,7 @@ class RowKernel:
         self.pointer_types: dict[str, str] = {}
         self.size_symbols: dict[str, sympy.Symbol] = {}
         self.values: dict[tuple[Any, Index, str], Value] = {}
-        self.used: set[str] = set(RESERVED)
+        self.used: set[str] = {*RESERVED, *names.values()}
         self.across: set[str] = {"col", "col_mask"}
         self.row_axes: set[int] = set()
         self.condition: list[str] = []
@@ -154,8 +154,8 @@ class RowKernel:
         self.values[key] = value
         return value
 
-    def argument(self, argument: Any, index: Index, rank: int) -> Value | str:
-        """An operand broadcast to `rank` axes at `index`: a variable, or the text of a number or size."""
+    def argument(self, argument: Any, index: Index) -> Value | str:
+        """An operand, broadcast, at `index`: a variable, or the text of a number or size."""
         if is_tensor(argument):
             return self.value(argument, broadcast_index(sizes(argument), index))
         if isinstance(argument, fx.Node | torch.SymInt):

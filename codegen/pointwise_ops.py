@@ -33,9 +33,9 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW_PRECISION else dtype
 
 
-def operand(kernel: RowKernel, argument: Any, index: Index, rank: int, dtype: torch.dtype) -> str:
+def operand(kernel: RowKernel, argument: Any, index: Index, dtype: torch.dtype) -> str:
     """Text of an operand in the type that the op computes in."""
-    value = kernel.argument(argument, index, rank)
+    value = kernel.argument(argument, index)
     if isinstance(value, str):
         return value
     if compute_type(value.dtype) == compute_type(dtype):
@@ -114,8 +114,8 @@ OF_BOOLEANS: dict[Any, str] = {aten.add.Tensor: "{0} | {1}", aten.mul.Tensor: "{
 
 @emits(*SIMPLE)
 def simple(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    dtype, rank = dtype_of(node), len(index)
-    operands = [operand(kernel, argument, index, rank, dtype) for argument in node.args[:2]]
+    dtype = dtype_of(node)
+    operands = [operand(kernel, argument, index, dtype) for argument in node.args[:2]]
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     if alpha != 1:
         scaled = 0 if node.target in (aten.rsub.Scalar, aten.rsub.Tensor) else 1
@@ -127,7 +127,7 @@ def simple(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
 @emits(*COMPARISONS)
 def comparison(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     dtype = promoted(node)
-    left, right = (operand(kernel, rounded(argument, dtype), index, len(index), dtype) for argument in node.args[:2])
+    left, right = (operand(kernel, rounded(argument, dtype), index, dtype) for argument in node.args[:2])
     return kernel.let(node, f"{left} {COMPARISONS[node.target]} {right}")
 
 
@@ -138,7 +138,7 @@ def rounded(argument: Any, dtype: torch.dtype) -> Any:
 
 @emits(aten.logical_and.default, aten.logical_or.default, aten.logical_not.default)
 def logical(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    operands = [operand(kernel, argument, index, len(index), torch.bool) for argument in node.args]
+    operands = [operand(kernel, argument, index, torch.bool) for argument in node.args]
     joined = {aten.logical_and.default: " & ", aten.logical_or.default: " | "}.get(node.target)
     return kernel.let(node, joined.join(operands) if joined else f"~{operands[0]}")
 
@@ -156,18 +156,18 @@ def cast(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
 
 @emits(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 def where(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    dtype, rank = dtype_of(node), len(index)
-    condition = operand(kernel, node.args[0], index, rank, torch.bool)
-    yes, no = (operand(kernel, argument, index, rank, dtype) for argument in node.args[1:3])
+    dtype = dtype_of(node)
+    condition = operand(kernel, node.args[0], index, torch.bool)
+    yes, no = (operand(kernel, argument, index, dtype) for argument in node.args[1:3])
     return kernel.let(node, f"tl.where({condition}, {yes}, {no})")
 
 
 @emits(aten.masked_fill.Scalar)
 def masked_fill(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     x, mask, fill = node.args
-    condition = operand(kernel, mask, index, len(index), torch.bool)
-    kept = operand(kernel, x, index, len(index), dtype_of(node))
-    return kernel.let(node, f"tl.where({condition}, {kernel.argument(fill, index, len(index))}, {kept})")
+    condition = operand(kernel, mask, index, torch.bool)
+    kept = operand(kernel, x, index, dtype_of(node))
+    return kernel.let(node, f"tl.where({condition}, {kernel.argument(fill, index)}, {kept})")
 
 
 @emits(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
@@ -176,7 +176,7 @@ def clamp(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     if node.target is aten.clamp_max.default:
         low, high = None, node.args[1]
     low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
-    text = operand(kernel, node.args[0], index, len(index), dtype_of(node))
+    text = operand(kernel, node.args[0], index, dtype_of(node))
     for bound, function in ((low, "tl.maximum"), (high, "tl.minimum")):
         if bound is not None:
             text = f"{function}({text}, {bound}, propagate_nan=tl.PropagateNan.ALL)"
@@ -185,7 +185,7 @@ def clamp(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
 
 @emits(aten.pow.Tensor_Scalar)
 def power(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    x = operand(kernel, node.args[0], index, len(index), dtype_of(node))
+    x = operand(kernel, node.args[0], index, dtype_of(node))
     exponent = node.args[1]
     texts = {2: f"{x} * {x}", 3: f"{x} * {x} * {x}", 0.5: f"tl.sqrt({x})", -0.5: f"1.0 / tl.sqrt({x})", 1: x}
     if exponent not in texts:
@@ -195,7 +195,7 @@ def power(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
 
 @emits(aten.gelu.default)
 def gelu(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    x = operand(kernel, node.args[0], index, len(index), dtype_of(node))
+    x = operand(kernel, node.args[0], index, dtype_of(node))
     if node.kwargs.get("approximate", "none") == "tanh":
         return kernel.let(node, GELU_TANH.format(x))
     return kernel.let(node, f"0.5 * {x} * (1.0 + tl.erf({x} * 0.7071067811865476))")
@@ -212,7 +212,7 @@ TANH_NEAR = (
 def tanh(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     if dtype_of(node) == torch.float64:
         raise NoKernel("tanh of float64 has no kernel")
-    x = operand(kernel, node.args[0], index, len(index), dtype_of(node))
+    x = operand(kernel, node.args[0], index, dtype_of(node))
     square = kernel.assign("square", f"{x} * {x}")
     near = kernel.assign("near", TANH_NEAR.format(x=x, square=square))
     decay = kernel.assign("decay", f"tl.exp(-2.0 * tl.abs({x}))")
@@ -255,7 +255,7 @@ def full(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
         fill: Any = 1 if "ones" in name else 0
     else:
         fill = node.args[0] if name == "scalar_tensor" else node.args[2 if name == "new_full" else 1]
-    text = kernel.argument(fill, index, len(index))
+    text = kernel.argument(fill, index)
     return kernel.let(node, f"tl.full([1, 1], {text}, {TL_TYPES[compute_type(dtype_of(node))]})")
 
 
@@ -281,7 +281,7 @@ def cat(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
             continue
         terms = [bound_text(kernel, bound) for bound in bounds if bound != sympy.true]
         kernel.condition += terms
-        value = operand(kernel, part, here, len(index), dtype_of(node))
+        value = operand(kernel, part, here, dtype_of(node))
         del kernel.condition[len(kernel.condition) - len(terms) :]
         result = f"tl.where({conjunction(terms)}, {value}, {result})" if result and terms else value
     return kernel.let(node, result)

@@ -94,7 +94,7 @@ def rms_norm(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     if weight is None:
         return kernel.let(node, f"{row} * {scale}")
     normalized = kernel.let(node, f"{row} * {scale}", wide if scale_in_fp32 else dtype_of(x)).name
-    return kernel.let(node, f"{normalized} * {operand(kernel, weight, index[-1:], 1, wide)}")
+    return kernel.let(node, f"{normalized} * {operand(kernel, weight, index[-1:], wide)}")
 
 
 @emits(aten.layer_norm.default)
@@ -112,7 +112,7 @@ def layer_norm(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     result = kernel.assign("normalized", f"{centered} * (1.0 / tl.sqrt({variance} + {eps!r}))")
     for parameter, sign in ((weight, "*"), (bias, "+")):
         if parameter is not None:
-            result = f"{result} {sign} {operand(kernel, parameter, index[-1:], 1, wide)}"
+            result = f"{result} {sign} {operand(kernel, parameter, index[-1:], wide)}"
     return kernel.let(node, result)
 
 

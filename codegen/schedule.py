@@ -218,11 +218,11 @@ def lower_fallback(scope: Scope, plan: Plan, node: fx.Node) -> None:
     value = node.meta["val"]
     results = []
     if isinstance(value, torch.Tensor):
-        results.append(fallback_result(scope, node, node.name, value))
+        results.append(fallback_result(node.name, value))
         scope.layouts[node] = results[0]
     else:
         for position, part in enumerate(value):
-            layout = fallback_result(scope, node, f"{node.name}_{position}", part)
+            layout = fallback_result(f"{node.name}_{position}", part)
             results.append(layout)
             for user in node.users:
                 if user.args[1] == position:
@@ -230,7 +230,7 @@ def lower_fallback(scope: Scope, plan: Plan, node: fx.Node) -> None:
     scope.add(Fallback(node, plan.refused[node], tuple(arguments), tuple(results)))
 
 
-def fallback_result(scope: Scope, node: fx.Node, name: str, value: torch.Tensor) -> Layout:
+def fallback_result(name: str, value: torch.Tensor) -> Layout:
     shape = sizes(value)
     buffer = Buffer(name, sympy.prod(shape), value.dtype, "fallback")
     return Layout(buffer, ZERO, shape, contiguous_strides(shape))

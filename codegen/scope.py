@@ -129,7 +129,7 @@ class Scope:
         domain = domain or flat_domain(stores[0].node)
         kernel = RowKernel(domain, self.layouts, stores, self.names)
         writes = tuple(store.layout.buffer for store in stores)
-        return kernel.launch(name or kernel_name(stores, kernel), writes)
+        return kernel.launch(name or kernel_name(stores), writes)
 
 
 def flat_domain(node: fx.Node) -> Domain:
@@ -137,7 +137,7 @@ def flat_domain(node: fx.Node) -> Domain:
     return Domain(shape[:-1], shape[-1]) if shape else Domain((), ONE)
 
 
-def kernel_name(stores: list[Store], kernel: RowKernel) -> str:
+def kernel_name(stores: list[Store]) -> str:
     """The kernel is named after the ops that it computes, the last ones if they are many."""
     ops = []
     for store in stores:

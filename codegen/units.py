@@ -10,7 +10,7 @@ import networkx
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph
+from ..compiler.graph import Graph, writes
 from .pointwise import Domain
 from .pointwise_ops import is_fusible
 from .reductions import REDUCTIONS
@@ -130,18 +130,9 @@ class Plan:
         return found
 
 
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether a call changes its first argument."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.arguments:
-        return False
-    alias = schema.arguments[0].alias_info
-    return alias is not None and alias.is_write
-
-
 def written_inputs(graph: Graph) -> set[fx.Node]:
     """Tensors that a call changes: what reads them before must not be computed behind the change."""
-    return {Scope.base(node.args[0]) for node in graph.nodes if writes_in_place(node)}
+    return {Scope.base(node.args[0]) for node in graph.nodes if writes(node)}
 
 
 def returns_tensors(node: fx.Node) -> bool:
@@ -185,7 +176,7 @@ def reads_before_writes(plan: Plan) -> Iterator[tuple[fx.Node, fx.Node]]:
     """A unit that reads an input before another one changes it has to run before that one."""
     sources = {unit.node: plan.sources(unit.node) for unit in plan.units}
     for write in plan.units:
-        if writes_in_place(write.node):
+        if writes(write.node):
             changed = Scope.base(write.node.args[0])
             for unit in plan.units:
                 if unit.order < write.order and changed in sources[unit.node]:

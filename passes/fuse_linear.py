@@ -155,7 +155,7 @@ def merge_linears(graph: Graph) -> PassResult:
         if is_plain(node) and not is_gated(node):
             siblings[node.args[0]].append(node)
     for group in siblings.values():
-        kept = [node for node in group if not declined(graph, node, group, result.misses)]
+        kept = [node for node in group if not declined(node, group, result.misses)]
         if len(kept) > 1:
             merge(graph, kept)
             result.matches += 1
@@ -183,7 +183,7 @@ def is_gated(node: fx.Node) -> bool:
     )
 
 
-def declined(graph: Graph, node: fx.Node, group: list[fx.Node], misses: list[Miss]) -> bool:
+def declined(node: fx.Node, group: list[fx.Node], misses: list[Miss]) -> bool:
     """Whether a linear cannot be merged with its siblings; the reason becomes a miss."""
     reason = None
     weight, first = node.args[1], group[0].args[1]

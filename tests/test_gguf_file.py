@@ -77,7 +77,6 @@ def bloom_split(name: str, tensor: Tensor, config: transformers.PretrainedConfig
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-QWEN3_MOE = {**MOE, "head_dim": 16, "norm_topk_prob": True}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
 FAMILIES = [
     Family("llama", lambda: transformers.LlamaConfig(**SIZES), permuted),

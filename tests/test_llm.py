@@ -6,8 +6,10 @@ from effc.compiler.errors import InputError, ModelError
 from effc.llm import LLM, pad_left
 from effc.runtime.text import TextCodec
 
-from .tiny_llama import ScriptedProgram, TinyProgram, one_thread, tiny_llama  # noqa: F401
+from .tiny_llama import ScriptedProgram, TinyProgram, tiny_llama
 from .tiny_tokenizers import save_chat
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

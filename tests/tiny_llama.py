@@ -1,9 +1,7 @@
 """A Llama in plain PyTorch behind the interface of a compiled program: what the decoding tests drive."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from effc.compiler import ops  # noqa: F401  (registers torch.ops.effc)
 from torch import Tensor
@@ -11,15 +9,6 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 effc_ops = torch.ops.effc
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:

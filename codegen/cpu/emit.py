@@ -174,7 +174,7 @@ class KernelPrinter:
 
     def scalar_store(self, op: Op) -> None:
         pointer, value, *masks = (self.text(operand) for operand in op.operands)
-        line = f"*{pointer} = {to_memory(op.operands[1].type.element, value, 1)};"
+        line = f"*{pointer} = {to_memory(op.operands[1].type.element, value)};"
         self.emit(f"if ({masks[0]}) {line}" if masks else line)
 
     # -- control flow
@@ -219,7 +219,7 @@ class KernelPrinter:
                 self.let(result, arg.name)
 
     def assign_yields(self, body: Block, targets: list[Value]) -> None:
-        self.roots.assign_all(targets, body.ops[-1].operands, body.ops[-1])
+        self.roots.assign_all(targets, body.ops[-1].operands)
 
     def print_if(self, op: Op) -> None:
         self.declare_results(op.results, op.results)
@@ -230,7 +230,7 @@ class KernelPrinter:
             self.indent += 1
             self.block(block)
             if op.results:
-                self.roots.assign_all(op.results, block.ops[-1].operands, block.ops[-1])
+                self.roots.assign_all(op.results, block.ops[-1].operands)
             self.indent -= 1
         self.emit("}")
 
@@ -247,7 +247,7 @@ class KernelPrinter:
         self.emit("while (true) {")
         self.indent += 1
         self.block(before)
-        self.roots.assign_all(op.results, condition.operands[1:], condition)
+        self.roots.assign_all(op.results, condition.operands[1:])
         self.emit(f"if (!{self.text(condition.operands[0])}) break;")
         for arg, result in zip(after.args, op.results, strict=True):
             if arg.type.is_tensor:

@@ -112,9 +112,9 @@ class MemoryAccess:
         if width == 1 or (
             pointer.kind == "uniform" and value.kind == "uniform" and (masks is None or masks.kind == "uniform")
         ):
-            line = f"*{closed(pointer.text)} = {to_memory(element, value.text, 1)};"
+            line = f"*{closed(pointer.text)} = {to_memory(element, value.text)};"
             return [f"if ({masks.text}) {line}"] if masks else [line]
-        text = to_memory(element, self.vector(value, type_), width)
+        text = to_memory(element, self.vector(value, type_))
         lanes = self.nest.lanes
         if masks is not None and masks.kind == "prefix":
             lanes = f"least({lanes}, {masks.text})" if lanes else masks.text
@@ -140,7 +140,7 @@ def from_memory(element: str, text: str, width: int) -> str:
     return f"({text} & 1) != 0" if element == "i1" and width == 1 else text
 
 
-def to_memory(element: str, text: str, width: int) -> str:
+def to_memory(element: str, text: str) -> str:
     if element in HALF:
         return f"to_{element}({text})"
     return f"{closed(text)} & 1" if element == "i1" else text

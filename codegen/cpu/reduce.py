@@ -112,7 +112,7 @@ class ReducePrinter:
                 Cell("vector" if width > 1 else "uniform", name, nest.depth) for name in names[copy % copies]
             ]
             texts = self.combined(evaluator, op, accumulators, cells)
-            first = self.first_turn(nest, axis, copy, copies, along)
+            first = self.first_turn(nest, axis)
             for accumulator, text, cell, operand in zip(accumulators, texts, cells, op.operands, strict=True):
                 if identity is None:
                     text = (
@@ -129,7 +129,7 @@ class ReducePrinter:
                 return []
             if whole:
                 return self.fold_lanes(op, evaluator, names, results)
-            return self.write_columns(nest, names, results, copies)
+            return self.write_columns(nest, names, results)
 
         self.finish(nest.render(body, chains, after))
         for result, target in zip(op.results, results, strict=True):
@@ -174,7 +174,7 @@ class ReducePrinter:
             names.append(row)
         return names
 
-    def first_turn(self, nest: Nest, axis: int, copy: int, copies: int, along: bool) -> str:
+    def first_turn(self, nest: Nest, axis: int) -> str:
         index = nest.index(axis)
         return {"0": "true"}.get(index.text, "false") if index.text.isdigit() else f"{index.text} == 0"
 
@@ -222,7 +222,7 @@ class ReducePrinter:
         ]
         return f"{target.array}[{' + '.join(terms) or '0'}]"
 
-    def write_columns(self, nest: Nest, names: list[list[str]], results: list, copies: int) -> list[str]:
+    def write_columns(self, nest: Nest, names: list[list[str]], results: list) -> list[str]:
         """Write accumulators that hold one result per lane (or, in a nest of width 1, one result)."""
         axis = next(d for d in nest.order if nest.level_of[d] == nest.depth)
         lines = []

@@ -111,7 +111,7 @@ class RootPrinter(ReducePrinter, DotPrinter, Clipper):
 
         self.finish(nest.render(body))
 
-    def assign_all(self, targets: list[Value], values: list[Value], op: Op) -> None:
+    def assign_all(self, targets: list[Value], values: list[Value]) -> None:
         """targets = values at once, as a yield means it."""
         pending = []
         for target, value in zip(targets, values, strict=True):

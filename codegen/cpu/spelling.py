@@ -16,7 +16,6 @@ LANE = {"i1": "i32", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64", "ptr"
 LANE |= {"f16": "f32", "bf16": "f32", "f32": "f32", "f64": "f64"}
 HALF = ("f16", "bf16")
 BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
-LIMITS = {"i8": 8, "i16": 16, "i32": 32, "i64": 64}
 
 
 def unsupported(op: Op, why: str) -> UnsupportedKernel:
@@ -235,7 +234,7 @@ def spell(op: Op, args: list[str], width: int) -> str:
         return FLOAT_MOVES[op.name].format(*args, V=vector)
     if op.name in INTEGER:
         if element == "i1":
-            return spell_bool(op, args, width)
+            return spell_bool(op, args)
         table = NARROW if width == 1 and op.name in NARROW else INTEGER
         return table[op.name].format(*args, V=vector, U=unsigned(vector))
     raise unsupported(op, "is not supported")
@@ -245,7 +244,7 @@ def rounded(text: str, element: str) -> str:
     return f"round_{element}({text})" if element in HALF else text
 
 
-def spell_bool(op: Op, args: list[str], width: int) -> str:
+def spell_bool(op: Op, args: list[str]) -> str:
     words = {
         "arith.addi": "^",
         "arith.subi": "^",
