@@ -90,4 +90,6 @@ def test_the_key_tells_models_options_and_compilers_apart(smollm2_path: Path, mo
         effc.compile(smollm2_path, torch.bfloat16).key,
         effc.compile(smollm2_path, skip=["fuse_mlp"]).key,
     ]
-    assert len({first.key, *others}) == 4
+    monkeypatch.setattr("effc.program.version", lambda package: f"another {package}")
+    others.append(effc.compile(smollm2_path).key)
+    assert len({first.key, *others}) == 5
