@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler.errors import InputError
+from ..compiler.errors import InputError, ToolchainError
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,12 @@ class NativeExecutable(Executable):
 
     def __init__(self, manifest: Manifest, library: Path, fallbacks: Sequence[Callable[[Frame], None]] = ()) -> None:
         super().__init__(manifest, fallbacks)
-        self.library = ctypes.CDLL(str(library))
+        try:
+            self.library = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise ToolchainError(
+                f"cannot load what the C++ compiler made ({error}): remove it, and set EFFC_CXX to g++ or clang++"
+            ) from error
         self.functions = [getattr(self.library, f"run_{i}") for i in range(manifest.segments)]
         for function in self.functions:
             function.restype = None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import effc
 import pytest
 import torch
+from effc import cli
 
 from .tiny_models import tiny_model
 
@@ -58,3 +64,108 @@ def test_a_graph_that_is_refused_runs_eagerly_and_is_listed() -> None:
     with pytest.warns(UserWarning, match="runs in eager PyTorch: .*it has no tensors among its inputs"):
         assert table().tolist() == [0, 2, 4, 6]
     assert "runs in eager PyTorch" in str(effc.explain())
+
+
+# --- compilers and cache folders ---------------------------------------------------------------------------------
+
+FAKE_COMPILER = """#!/bin/sh
+case "$*" in *--version*) echo "fake c++ 1.0"; exit 0;; esac
+while [ "$1" != -o ]; do shift; done
+%s
+"""
+
+FAULTS = {
+    "exit 1": "refused generated code: exit status 1",
+    "echo 'kernels.cpp:1:1: internal compiler error: no' >&2; exit 1": "internal compiler error: no",
+    "kill -9 $$": "was killed by signal 9: is there enough memory? try again",
+    "exit 0": "succeeded and wrote no library: set EFFC_CXX",
+    "echo junk > $2": "cannot load what the C++ compiler made",
+    "echo 'ld: final link failed: No space left on device' >&2; exit 1": "the disk is full: make room",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tiny model."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_model("Llama").save_pretrained(path)
+    return path
+
+
+def compiler_that(does: str, path: Path) -> str:
+    path.write_text(FAKE_COMPILER % does)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EFFC_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def one_line_of(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """What a failing command prints: one line."""
+    assert cli.run(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("effc: ")
+    assert printed.err.count("\n") == 1
+    assert "internal error" not in printed.err
+    return printed.err.strip()
+
+
+@pytest.mark.parametrize("does", FAULTS)
+def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(
+    does: str, folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("EFFC_CXX", compiler_that(does, tmp_path / "c++"))
+    assert FAULTS[does] in one_line_of(capsys, "profile", str(folder), "--tokens", "4")
+    assert not list(cache.rglob(".*"))
+    if does != "echo junk > $2":
+        assert not list(cache.rglob("*.so"))
+
+
+def test_the_run_after_a_failing_compiler_is_fine(folder: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
+    ids = torch.arange(5)[None]
+    monkeypatch.setenv("EFFC_CXX", compiler_that("exit 1", tmp_path / "c++"))
+    with pytest.raises(effc.ToolchainError):
+        effc.compile(folder)(ids)
+    monkeypatch.delenv("EFFC_CXX")
+    assert effc.compile(folder)(ids).shape == (1, 5, 97)
+
+
+@pytest.mark.parametrize("variables", [{"PATH": "/nowhere"}, {"EFFC_CXX": "/nowhere/c++"}, {"EFFC_CXX": "false"}])
+def test_no_compiler_is_one_line(variables: dict, folder: Path, cache: Path, monkeypatch, capsys) -> None:
+    for name in ("EFFC_CXX", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    line = one_line_of(capsys, "explain", str(folder))
+    assert "C++ compiler" in line
+    assert "set EFFC_CXX to" in line
+
+
+def test_a_cache_folder_under_a_file_is_one_line(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EFFC_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert "choose a folder that you can write to" in one_line_of(capsys, "explain", str(folder))
+
+
+LOGITS = """
+import sys, effc, torch
+torch.set_num_threads(1)
+print(effc.compile(sys.argv[1])(torch.arange(5)[None]).sum().item())
+"""
+
+
+def test_two_processes_that_compile_one_model_at_once_agree(folder: Path, cache: Path) -> None:
+    command = [sys.executable, "-c", LOGITS, str(folder)]
+    started = [
+        subprocess.Popen(command, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert said[0] == said[1]
+    assert not list(cache.rglob(".*"))

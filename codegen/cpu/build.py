@@ -1,6 +1,8 @@
 """C++ text to a shared library, compiled once per machine: content-hashed, locked, renamed into place."""
 
+import errno
 import hashlib
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -11,6 +13,7 @@ from .target import CpuTarget
 
 FOLDER = Path(__file__).parent
 PRELUDE: str = (FOLDER / "prelude.h").read_text() + (FOLDER / "math.h").read_text()
+NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 def build_library(body: str, target: CpuTarget, cache_dir: Path) -> Path:
@@ -38,10 +41,20 @@ def compile_to(body: str, target: CpuTarget, library: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
             raise ToolchainError(f"the C++ compiler {target.cxx} does not run: {error.strerror}") from error
-        if done.returncode:
-            lines = done.stderr.splitlines()
-            first = next(
-                (line for line in lines if "error" in line), lines[0] if lines else f"exit status {done.returncode}"
+        if NO_SPACE in done.stderr:
+            raise OSError(errno.ENOSPC, NO_SPACE)
+        if done.returncode < 0:
+            raise ToolchainError(
+                f"{target.cxx} was killed by signal {-done.returncode}: is there enough memory? try again"
             )
-            raise ToolchainError(f"{target.cxx} refused generated code: {first.strip()}")
+        if done.returncode:
+            raise ToolchainError(f"{target.cxx} refused generated code: {first_error(done)}")
+        if not output.is_file():
+            raise ToolchainError(f"{target.cxx} succeeded and wrote no library: set EFFC_CXX to g++ or clang++")
         write_atomically(library, sealed(output.read_bytes()))
+
+
+def first_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The line that tells most of what a compiler printed."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else f"exit status {done.returncode}")

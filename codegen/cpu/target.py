@@ -59,7 +59,8 @@ def find_compiler() -> str:
             if path := shutil.which(name):
                 return path
             raise ToolchainError(
-                f"${variable} names the C++ compiler {name!r}, which is not an executable on this machine"
+                f"${variable} names the C++ compiler {name!r}, which is not an executable on this machine:"
+                " install it, or set EFFC_CXX to g++ or clang++"
             )
     for name in ("g++", "clang++"):
         if path := shutil.which(name):
@@ -75,7 +76,8 @@ def compiler_version(cxx: str) -> str:
         raise ToolchainError(f"the C++ compiler {cxx} does not run: {error}") from error
     if done.returncode or not done.stdout.strip():
         raise ToolchainError(
-            f"the C++ compiler {cxx} does not answer --version: {(done.stderr.strip() or 'no output').splitlines()[0]}"
+            f"the C++ compiler {cxx} does not answer --version: {(done.stderr.strip() or 'no output').splitlines()[0]};"
+            " set EFFC_CXX to g++ or clang++"
         )
     return done.stdout.splitlines()[0]
 
