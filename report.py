@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compiler.files import write_atomically
-from .compiler.rewrite import Miss
+from .compiler.files import refusals, write_atomically
+from .compiler.rewrite import Miss, source_line
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +102,7 @@ def explain_graph(scheduled: Scheduled, steps: Iterable[Step], notes: Iterable[s
             launches[launch.kernel.symbol] += 1
             nodes.setdefault(launch.kernel.symbol, []).extend(launch.nodes)
     missing = tuple(
-        MissingKernel(step.node.name, str(step.node.target), step.reason, source_line(step.node.meta))
+        MissingKernel(step.node.name, str(step.node.target), step.reason, source_line(step.node))
         for step in schedule.fallbacks
     )
     return GraphExplanation(
@@ -116,12 +115,6 @@ def explain_graph(scheduled: Scheduled, steps: Iterable[Step], notes: Iterable[s
         missing=missing,
         notes=tuple(notes),
     )
-
-
-def source_line(meta: dict[str, Any]) -> str:
-    """Where in the model's code a node comes from, as `file:line: code`, if the trace says."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', meta.get("stack_trace") or "")
-    return "{}:{}: {}".format(Path(frames[-1][0]).name, *frames[-1][1:]) if frames else ""
 
 
 def explain_program(program: Program, kinds: Iterable[str] = ("prefill", "decode")) -> Explanation:
@@ -162,7 +155,8 @@ def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None) -> Pa
     from .program import KINDS, compile
 
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    with refusals(output):
+        output.mkdir(parents=True, exist_ok=True)
     program = compile(model, dtype, dump=output / "graphs")
     lines = []
     for kind in KINDS:
@@ -181,7 +175,6 @@ def dump_schedule(scheduled: Scheduled, output: Path, target: CpuTarget | None) 
 
     write_atomically(output / f"{scheduled.schedule.name}.txt", describe_schedule(scheduled))
     folder = output / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
     for kernel in scheduled.schedule.kernels:
         launches = [launch for step in scheduled.schedule.steps for launch in step.launches if launch.kernel == kernel]
         nodes = [name for launch in launches for name in launch.nodes]

@@ -280,7 +280,6 @@ def tiled(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out: Layou
         TILED,
         (batch * heads, FloorDiv(length + block_m - 1, block_m), ONE),
         (node.name,),
-        (out.buffer,),
         cached=cached,
         causal=bool(operands.get("causal")),
         s=s,
@@ -327,7 +326,6 @@ def lower_split(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out:
             SPLIT,
             (batch * values["groups"], sympy.Integer(splits), ONE),
             (node.name,),
-            tuple(layout.buffer for layout in scratch.values()),
             splits=splits,
             key_mask="key_mask" in layouts,
             q_mask=ragged(f"(member[:, None] < {values['ratio']})", "dim", size, "[None, :]", target),
@@ -343,7 +341,5 @@ def lower_split(scope: Scope, node: fx.Node, operands: dict, layouts: dict, out:
     values["o"] = [arguments.size(f"out_stride_{axis}", stride) for axis, stride in zip("bhs", out.strides)]
     arguments.constant("BLOCK_V", head_block(int(value_size), target))
     scope.add(
-        arguments.launch(
-            "combine_splits", COMBINE, (batch * heads, ONE, ONE), (node.name,), (out.buffer,), splits=splits, **values
-        )
+        arguments.launch("combine_splits", COMBINE, (batch * heads, ONE, ONE), (node.name,), splits=splits, **values)
     )

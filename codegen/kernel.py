@@ -139,13 +139,12 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """Run a kernel over a grid. nodes: what it stands for; writes: the buffers that it fills."""
+    """Run a kernel over a grid. nodes: the graph's nodes that it stands for."""
 
     kernel: Kernel
     grid: tuple[sympy.Expr, ...]
     arguments: tuple[Pointer | sympy.Expr, ...]
     nodes: tuple[str, ...]
-    writes: tuple[Buffer, ...]
 
     @property
     def launches(self) -> tuple[Launch, ...]:

@@ -332,7 +332,7 @@ class RowKernel:
 
     # --- the kernel --------------------------------------------------------------------------------------------
 
-    def launch(self, name: str, writes: tuple) -> Launch:
+    def launch(self, name: str) -> Launch:
         """The finished kernel and how to launch it."""
         rows, cols = self.domain.row_count, self.domain.cols
         block_c = self.block_c
@@ -367,7 +367,7 @@ class RowKernel:
         grid = (FloorDiv(rows + block_r - 1, block_r) if row_masked else ONE, grid_c, ONE)
         arguments = (*self.pointers.values(), *(self.size_symbols[p] for p in size_params))
         kernel = Kernel(name, source, tuple(signature), constants)
-        return Launch(kernel, grid, arguments, tuple(dict.fromkeys(self.nodes)), writes)
+        return Launch(kernel, grid, arguments, tuple(dict.fromkeys(self.nodes)))
 
 
 def conjunction(terms: list[str]) -> str:

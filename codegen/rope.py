@@ -116,7 +116,6 @@ def lower(scope: Scope, node: fx.Node, cache: Layout | None = None, past: Layout
             ROPE,
             (FloorDiv(rows + block_r - 1, block_r), Integer(1), Integer(1)),
             (node.name,),
-            (out.buffer,),
             cached=cache is not None,
             interleaved=interleaved,
             pairs=pairs,

@@ -128,8 +128,7 @@ class Scope:
         """One kernel that makes the values of `stores`; raises NoKernel or Misaligned."""
         domain = domain or flat_domain(stores[0].node)
         kernel = RowKernel(domain, self.layouts, stores, self.names)
-        writes = tuple(store.layout.buffer for store in stores)
-        return kernel.launch(name or kernel_name(stores), writes)
+        return kernel.launch(name or kernel_name(stores))
 
 
 def flat_domain(node: fx.Node) -> Domain:

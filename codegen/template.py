@@ -11,7 +11,7 @@ import re
 import sympy
 from jinja2 import Environment, StrictUndefined
 
-from .kernel import TRITON_TYPES, Buffer, Kernel, Launch, Layout, Packed, Pointer
+from .kernel import TRITON_TYPES, Kernel, Launch, Layout, Packed, Pointer
 
 ENVIRONMENT = Environment(
     undefined=StrictUndefined,
@@ -59,7 +59,6 @@ class Arguments:
         template: str,
         grid: tuple[sympy.Expr, ...],
         nodes: tuple[str, ...],
-        writes: tuple[Buffer, ...],
         **values: object,
     ) -> Launch:
         # Jinja's own line statements would swallow the blank lines behind them.
@@ -68,7 +67,7 @@ class Arguments:
         signature = (*((n, kind) for n, kind, _ in self.pointers), *((n, "i32") for n, _ in self.sizes))
         kernel = Kernel(name, source, signature, tuple(self.constants))
         arguments = (*(pointer for _, _, pointer in self.pointers), *(expr for _, expr in self.sizes))
-        return Launch(kernel, grid, arguments, nodes, writes)
+        return Launch(kernel, grid, arguments, nodes)
 
 
 def power_of_two(size: int) -> int:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ..compiler.errors import InputError
+from ..compiler.files import refusals, write_atomically
 from ..compiler.graph import Graph
 from ..compiler.rewrite import Miss, PassResult
 from ..compiler.show import count_ops, differences, show, show_differences
@@ -167,9 +168,9 @@ class Dumps:
 
     def __init__(self, folder: Path, graph: Graph) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for old in (*self.folder.glob("[0-9][0-9]_*.txt"), self.folder / "index.txt"):
-            old.unlink(missing_ok=True)
+        with refusals(self.folder):
+            for old in (*self.folder.glob("[0-9][0-9]_*.txt"), self.folder / "index.txt"):
+                old.unlink(missing_ok=True)
         self.files = [f"00_{graph.dialect}.txt"]
         self.write(self.files[0], show(graph))
 
@@ -180,4 +181,4 @@ class Dumps:
         self.write("index.txt", f"{report}\nbefore -> after\n" + "\n".join(lines) + "\n")
 
     def write(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text, encoding="utf-8")
+        write_atomically(self.folder / name, text)

@@ -139,7 +139,7 @@ def cached(dtype: torch.dtype, s: int, past: list[int], capacity: int, heads: in
     shown = torch.ones(len(past), capacity, dtype=torch.int64)
     for row, length in enumerate(past):
         shown[row, : length // 2] = 0
-    return {**tensors, "past": torch.tensor(past), "shown": shown}
+    return {**tensors, "past": torch.tensor(past, dtype=torch.int64), "shown": shown}
 
 
 def cached_both(q: Tensor, k: Tensor, v: Tensor, past: Tensor, shown: Tensor) -> tuple[Tensor, ...]:

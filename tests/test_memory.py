@@ -23,7 +23,7 @@ def buffer(name: str, elements: sympy.Expr, dtype: torch.dtype = torch.float32) 
 def schedule_of(steps: list[list[Buffer]]) -> Schedule:
     """One launch a step, which touches the buffers given."""
     kernel = Kernel("k", "", ())
-    launches = [Launch(kernel, (S, S, S), tuple(Pointer(b) for b in touched), ("n",), ()) for touched in steps]
+    launches = [Launch(kernel, (S, S, S), tuple(Pointer(b) for b in touched), ("n",)) for touched in steps]
     return Schedule("test", list(launches))
 
 
