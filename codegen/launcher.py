@@ -78,12 +78,13 @@ class TritonExecutable(Executable):
             jit_function(launch.kernel)[grid](*arguments, **dict(launch.kernel.constants))
 
     def tensor(self, pointer: Pointer, frame: Frame) -> Tensor:
+        """What Triton takes for a pointer: a tensor that starts there."""
         buffer = pointer.buffer
         if buffer.name not in frame.buffers:
             elements = self.evaluate(buffer.elements, frame)
             frame.buffers[buffer.name] = torch.empty(elements, dtype=buffer.dtype, device=self.device)
-        tensor = frame.buffers[buffer.name].view(-1)
-        return tensor[self.evaluate(pointer.offset, frame) :] if pointer.offset != 0 else tensor
+        tensor = frame.buffers[buffer.name]
+        return strided(tensor, (1,), (1,), self.evaluate(pointer.offset, frame)) if tensor.numel() else tensor
 
 
 class FallbackCall:

@@ -61,7 +61,7 @@ def layer(x: Tensor, w: Tensor, q: Tensor, cos: Tensor, sin: Tensor, ids: Tensor
 def operands(rows: int, length: int) -> dict[str, Tensor]:
     angles = random(1, length, 4, seed=3).repeat(1, 1, 2)
     return {
-        "x": random(rows, 24),
+        "x": random(24, rows).t(),  # not contiguous
         "w": random(24, 24, seed=1) / 5,
         "q": random(2, 3, length, 8, seed=2),
         "cos": angles.cos(),

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from effc.compiler.errors import InputError
+from effc.compiler.errors import CacheError, InputError
 from effc.compiler.graph import Graph
 from effc.compiler.rewrite import PassResult
 from effc.compiler.verify import VerificationError, verify
@@ -86,3 +86,9 @@ def test_dumps_are_numbered_and_indexed(tmp_path):
     assert "effc.rms_norm(" in (folder / "02_fuse_norm.txt").read_text()
     run(graph, ["normalize"], dump=tmp_path)
     assert not (folder / "02_fuse_norm.txt").exists()
+
+
+def test_a_dump_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CacheError, match="cannot write .* choose a folder that you can write to"):
+        run(traced()[1], ["normalize"], dump=tmp_path / "file" / "dump")
