@@ -181,12 +181,22 @@ class StepPrinter:
             yield f"  const int64_t slot_{position} = end;"
             yield f"  end += ({self.size(slot.size)} + {ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT};"
 
+    def narrow_sizes(self) -> list[str]:
+        """The runtime sizes that kernels take in 32 bits, each once."""
+        found = []
+        for launch in self.all_launches:
+            for (_, kind), argument in zip(launch.kernel.signature, launch.arguments, strict=True):
+                if kind == "i32" and not isinstance(argument, Pointer) and not argument.is_number:
+                    found.append(self.size(argument))
+        return list(dict.fromkeys(found))
+
     def functions(self) -> str:
         lines = [
             TEAM,
             CLOCK.format(count=len(self.all_launches), export=EXPORT) if self.timed else "",
             f"{EXPORT} int64_t arena_bytes(const int64_t* sizes) {{",
             *self.preamble(),
+            *(f"  if ({size} > INT32_MAX) return -1;" for size in self.narrow_sizes()),
             "  return end;",
             "}",
             "",

@@ -42,7 +42,7 @@ class RunBuffer:
 class Manifest:
     """What a call needs to know besides the native code. Plain data: a warm start reads it from the cache.
 
-    sizes: (name, input, axis) of each runtime size; without an axis the input is the size itself. segments: how many
+    sizes: (name, input, axis) of each runtime size, see `runtime_size`. segments: how many
     native functions there are.
     """
 
@@ -70,7 +70,14 @@ class Frame:
 
 
 def runtime_sizes(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(int(tensors[name]) if axis is None else tensors[name].shape[axis] for _, name, axis in manifest.sizes)
+    return tuple(runtime_size(tensors[name], axis) for _, name, axis in manifest.sizes)
+
+
+def runtime_size(value: Any, axis: int | None) -> int:
+    """A size of a tensor; with an axis below 0, its stride along that axis; without one, the number itself."""
+    if axis is None:
+        return int(value)
+    return value.shape[axis] if axis >= 0 else value.stride(axis)
 
 
 def strided(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
@@ -153,6 +160,11 @@ class NativeExecutable(Executable):
         if frame.sizes != self.bound_sizes:
             self.size_array[: len(frame.sizes)] = frame.sizes
             needed = self.arena_bytes(self.size_array) + 64
+            if needed < 64:
+                named = ", ".join(f"{name} = {x}" for (name, *_), x in zip(self.manifest.sizes, frame.sizes))
+                raise InputError(
+                    f"{named} take strides over 2**31 elements, more than kernels count: give less at once"
+                )
             if self.arena.numel() < needed:
                 self.arena = torch.empty(needed, dtype=torch.uint8)
             self.bound_sizes = frame.sizes

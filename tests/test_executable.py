@@ -11,6 +11,7 @@ import pytest
 import torch
 from effc.codegen.executable import size_function
 from effc.codegen.launcher import manifest_of
+from effc.compiler.errors import InputError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,6 +88,14 @@ def test_the_arena_grows_and_serves_smaller_calls() -> None:
     compiled = Compiled(lambda x: (torch.softmax(x, -1).t() + 1).t().cumsum(0) * 2, {"x": random(5, 33)}, {"x": (0,)})
     for rows in (3, 400, 1, 0, 1000, 2):
         compiled.check(x=random(rows, 33))
+
+
+def test_strides_that_kernels_cannot_count_are_refused_in_one_line() -> None:
+    byte = torch.int8  # so that the result, never touched, takes little even of the address space
+    compiled = Compiled(lambda x: x.transpose(0, 1) + 1, {"x": random(3, 5, 2, dtype=byte)}, {"x": (0, 1)})
+    compiled.check(x=random(4, 6, 2, dtype=byte))
+    with pytest.raises(InputError, match=r"^B = 1, S = 2147483648 take strides over 2\*\*31 elements"):
+        compiled(x=torch.empty(1, 1, 2, dtype=byte).expand(1, 1 << 31, 2))
 
 
 def test_a_manifest_is_plain_data() -> None:

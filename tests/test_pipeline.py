@@ -90,5 +90,5 @@ def test_dumps_are_numbered_and_indexed(tmp_path):
 
 def test_a_dump_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CacheError, match="cannot write .* choose a folder that you can write to"):
+    with pytest.raises(CacheError, match=r"cannot write .* choose a folder that you can write to"):
         run(traced()[1], ["normalize"], dump=tmp_path / "file" / "dump")
