@@ -253,10 +253,11 @@ def compiled_module() -> nn.Module | None:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        module = InstructionTranslator.current_tx().output.root_tx.f_locals.get("self")
+        names = InstructionTranslator.current_tx().output.root_tx.f_locals
     except AttributeError:
         return None
-    return module if isinstance(module, nn.Module) else None
+    found = (names.get("self"), names.get("fn"))  # fn: Dynamo compiles modules of torch.nn itself through a wrapper
+    return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
 def device_of(graph: Graph) -> str:

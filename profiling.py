@@ -12,7 +12,7 @@ import torch
 
 from .codegen.build import cpp_source
 from .codegen.cpu import build_library
-from .codegen.executable import NativeExecutable
+from .codegen.executable import NativeExecutable, runtime_size
 from .codegen.launcher import manifest_of
 from .codegen.memory import plan_memory
 from .compiler.errors import InputError
@@ -99,7 +99,7 @@ def profile(program: Program, kind: str = "decode", tokens: int = 512, repeats: 
         found = list(times[: len(launches)])
         if best is None or sum(found) < sum(best):
             best = found
-    size_of = {symbol: inputs[name].shape[axis] for symbol, (name, axis) in schedule.symbols.items()}
+    size_of = {symbol: runtime_size(inputs[name], axis) for symbol, (name, axis) in schedule.symbols.items()}
     nodes = {node.name: node for node in program.stages.graph(kind, False).nodes}
     rows: dict[str, list[float]] = {}
     for launch, seconds in zip(launches, best or []):

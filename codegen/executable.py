@@ -42,8 +42,8 @@ class RunBuffer:
 class Manifest:
     """What a call needs to know besides the native code. Plain data: a warm start reads it from the cache.
 
-    sizes: (name, input, axis) of each runtime size, see `runtime_size`. segments: how many
-    native functions there are.
+    sizes: (name, input, axis) of each runtime size, see `runtime_size`. segments: how many native functions there
+    are.
     """
 
     name: str

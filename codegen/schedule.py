@@ -89,6 +89,13 @@ def size_symbols(graph: Graph) -> dict[sympy.Symbol, tuple[str, int | None]]:
         for axis, size in enumerate(sizes(node)):
             if size.is_Symbol:
                 found.setdefault(size, (node.name, axis))
+    for node in graph.placeholders:  # an input that is a slice may have strides that no size tells
+        if node.name in graph.weights or not is_tensor(node):
+            continue
+        strides = [size_expr(stride) for stride in node.meta["val"].stride()]
+        for axis, stride in enumerate(strides):
+            if stride.is_Symbol:
+                found.setdefault(stride, (node.name, axis - len(strides)))
     return found
 
 
@@ -96,7 +103,8 @@ def size_names(graph: Graph) -> dict[sympy.Symbol, str]:
     """Names that kernels give to runtime sizes: B and S of the first input, T of a cache, n0, n1, ... for others."""
     names: dict[sympy.Symbol, str] = {}
     for symbol, (name, axis) in size_symbols(graph).items():
-        wanted = "T" if name in graph.states else ("B", "S", "n")[min(axis, 2) if axis is not None else 2]
+        is_size = axis is not None and axis >= 0
+        wanted = "T" if name in graph.states else ("B", "S", "n")[min(axis, 2) if is_size else 2]
         while wanted in names.values():
             wanted = f"n{len(names)}"
         names[symbol] = wanted

@@ -66,6 +66,27 @@ def test_a_graph_that_is_refused_runs_eagerly_and_is_listed() -> None:
     assert "runs in eager PyTorch" in str(effc.explain())
 
 
+def test_an_input_with_strides_of_its_own_is_read_right(generator: torch.Generator) -> None:
+    """A slice of a growing cache, as sliding windows make it: its strides follow from none of its sizes."""
+
+    def tail(cache: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.cat([cache, new], dim=2) * 2 + 1
+
+    compiled = torch.compile(tail, backend="effc", fullgraph=True)
+    for capacity in (5, 6, 9, 12):
+        cache = torch.randn(2, 3, capacity, 8, generator=generator)[:, :, -3:]
+        new = torch.randn(2, 3, 1, 8, generator=generator)
+        assert torch.equal(compiled(cache, new), tail(cache, new))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_any_module_in_training_mode_is_refused(wrapped: bool) -> None:
+    module = torch.nn.Linear(2, 2).train()
+    module = torch.nn.Sequential(module).train() if wrapped else module
+    with pytest.raises(Exception, match=r"found a model in training mode: call model\.eval\(\) first"):
+        torch.compile(module, backend="effc")(torch.ones(1, 2))
+
+
 # --- compilers and cache folders ---------------------------------------------------------------------------------
 
 FAKE_COMPILER = """#!/bin/sh
