@@ -177,7 +177,7 @@ def profile_command(
     model: ModelArgument,
     graph: Annotated[str, typer.Option(help="prefill or decode.")] = "decode",
     tokens: Annotated[int, typer.Option(help="Length of the prompt, or of the context that is decoded behind.")] = 512,
-    repeats: Annotated[int, typer.Option(help="Runs; the fastest one counts.")] = 10,
+    repeats: Annotated[int, typer.Option(help="Runs; their medians are printed.")] = 10,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:

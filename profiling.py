@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -60,9 +61,10 @@ class Profile:
 
 
 def profile(program: Program, kind: str = "decode", tokens: int = 512, repeats: int = 10) -> Profile:
-    """Time each kernel of a graph on random tokens: prefill of `tokens`, or decode behind as many. Fastest run counts.
+    """Time each kernel of a graph on random tokens: prefill of `tokens`, or decode behind as many.
 
-    Raises InputError for a graph that holds ops without kernels: they run outside of what is timed.
+    The times are medians of `repeats` runs. Raises InputError for a graph that holds ops without kernels: they run
+    outside of what is timed.
     """
     if kind not in ("prefill", "decode"):
         raise InputError(f"expected graph prefill or decode, found {kind!r}")
@@ -91,25 +93,24 @@ def profile(program: Program, kind: str = "decode", tokens: int = 512, repeats: 
         "past": cache.past,
         **cache.states,
     }
-    best: list[float] | None = None
-    for _ in range(repeats + 1):
+    runs: list[list[float]] = []
+    for _ in range(repeats + 1):  # the first one warms up
         for position in range(len(launches)):
             times[position] = 0.0
         executable(inputs, weights)
-        found = list(times[: len(launches)])
-        if best is None or sum(found) < sum(best):
-            best = found
+        runs.append(list(times[: len(launches)]))
+    typical = [median(seconds) for seconds in zip(*runs[1:])]
     size_of = {symbol: runtime_size(inputs[name], axis) for symbol, (name, axis) in schedule.symbols.items()}
     nodes = {node.name: node for node in program.stages.graph(kind, False).nodes}
     rows: dict[str, list[float]] = {}
-    for launch, seconds in zip(launches, best or []):
+    for launch, seconds in zip(launches, typical):
         if seconds:
             costs = launch_costs((nodes[name] for name in launch.nodes if name in nodes), size_of)
             row = rows.setdefault(launch.kernel.symbol, [0, 0.0, 0.0, 0.0])
             for i, value in enumerate((1, seconds, *costs)):
                 row[i] += value
     what = "a prompt" if kind == "prefill" else "a context"
-    title = f"{program.model.name} {kind}, {what} of {tokens} tokens, fastest of {repeats}"
+    title = f"{program.model.name} {kind}, {what} of {tokens} tokens, median of {repeats} runs"
     return Profile(title, tuple(KernelTime(name, int(row[0]), *row[1:]) for name, row in rows.items()))
 
 

@@ -70,6 +70,9 @@ class Program:
         self._weights: dict[str, Tensor] = {}
         self._bound: dict[tuple[str, bool], dict[str, Tensor]] = {}
 
+    def __reduce__(self) -> str:
+        raise TypeError("a Program holds native code and cannot be copied or pickled: compile again, the cache has it")
+
     # --- running -----------------------------------------------------------------------------------------------
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -228,6 +231,10 @@ def compile(
 
     Raises ModelError for a model that cannot be found, read or compiled.
     """
+    if not isinstance(model, str | Path | nn.Module | LoadedModel):
+        raise InputError(f"expected the name or path of a model, or a model, found {type(model).__name__}")
+    if isinstance(skip, str):
+        skip = (skip,)
     if isinstance(model, nn.Module):
         refuse_other_devices(model)
     if not isinstance(model, LoadedModel):

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(llm.program.model.dtype).removeprefix("torch."),
         "threads": options.threads,
         "repeats": options.repeats,
-        "read_bandwidth": bandwidth,
+        "read_bandwidth": max(bandwidth, measure.read_bandwidth()),
         "weight_bytes": weight_bytes(eager),
         "others_cores": around.others,
         "surroundings": str(around),

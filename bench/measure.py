@@ -73,7 +73,7 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def read_bandwidth(megabytes: int = 512, repeats: int = 10) -> float:
+def read_bandwidth(megabytes: int = 512, repeats: int = 40) -> float:
     """Bytes per second at which torch's threads read memory: the best of several sums over a large tensor."""
     values = torch.ones(megabytes * 2**20 // 4)
     best = float("inf")

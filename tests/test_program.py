@@ -55,7 +55,7 @@ def test_a_program_prints_its_graphs_and_keeps_them(program: effc.Program) -> No
 
 
 def test_a_pass_left_out_is_left_out(model: nn.Module) -> None:
-    program = effc.compile(model, skip=["fuse_mlp"])
+    program = effc.compile(model, skip="fuse_mlp")
     assert "fuse_mlp" not in {step.name for step in program.stages.steps("forward", True)}
     ids = torch.arange(6)[None]
     torch.testing.assert_close(program(ids), effc.compile(model)(ids), rtol=1e-5, atol=1e-6)
@@ -67,6 +67,13 @@ def test_a_model_elsewhere_is_refused() -> None:
         module.weight = nn.Parameter(torch.empty(2, 2, device="cuda"), requires_grad=False)
     with pytest.raises(effc.InputError, match="found parameters on cuda:0: move the model"):
         effc.compile(module)
+
+
+def test_what_is_no_model_or_cannot_be_copied_is_one_line(program: effc.Program) -> None:
+    with pytest.raises(effc.InputError, match="expected the name or path of a model, or a model, found NoneType"):
+        effc.compile(None)
+    with pytest.raises(TypeError, match="cannot be copied or pickled: compile again"):
+        copy.deepcopy(program)
 
 
 def test_a_damaged_record_is_said_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
