@@ -1,0 +1,73 @@
+"""What the CPU target does with every public name of `triton.language`: one row per name.
+
+RUNS names the test that runs it, REFUSED why it cannot mean anything here, NO_OPERATION what computes nothing (types,
+helpers of Triton's own). A name that a Triton release adds and that has no row fails here, by name.
+"""
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+import triton.language as tl
+
+RUNS = {
+    "test_cpu_target.py::test_elementwise_functions_are_within_2_ulp": """
+        abs ceil clamp cos erf exp exp2 floor fma log log2 maximum minimum rsqrt sigmoid sin sqrt""",
+    "test_cpu_target.py::test_reductions": "argmax argmin max min sum xor_sum",
+    "test_cpu_target.py::test_scans": "cumsum",
+    "test_cpu_target.py::test_reshape_split_join_trans_gather_flip_sort": """
+        cat flip gather join reshape sort split trans""",
+    "test_cpu_target.py::test_atomics": "atomic_add atomic_max",
+    "test_cpu_target.py::test_embedding_rows": "arange load program_id store",
+    "test_cpu_target.py::test_loops_branches_and_while_with_results": "range where",
+    "test_cpu_matmul.py::test_carried_pointers_and_wrapped_indices": "cdiv dot num_programs zeros",
+    "test_cpu_matmul.py::test_flash_attention": "full",
+}
+OPEN = {  # rows to fill: every name here wants a test, or a reason
+    "elementwise": """
+        add div_rn fdiv mul sqrt_rn sub umulhi static_assert static_print static_range device_assert device_print
+        pair_uniform_to_normal philox philox_impl rand rand4x randint randint4x randn randn4x uint_to_uniform_float
+        inline_asm_elementwise map_elementwise zeros_like softmax cast""",
+    "structure": """
+        advance associative_scan assume atomic_and atomic_cas atomic_load atomic_min atomic_or atomic_poll atomic_store atomic_xchg
+        atomic_xor aggregate_replace bitonic_merge broadcast broadcast_to condition cumprod debug_barrier dot_scaled
+        expand_dims expect_zero histogram interleave load_tensor_descriptor make_block_ptr make_tensor_descriptor
+        max_constancy max_contiguous multiple_of permute ravel reduce reduce_or squeeze store_tensor_descriptor swizzle2d
+        topk unsqueeze view""",
+}
+REFUSED: dict[str, str] = {}
+NO_OPERATION = {
+    "types": """
+        PropagateNan TRITON_MAX_TENSOR_NUMEL bfloat16 block_type const constexpr constexpr_type dtype float16 float32
+        float64 float8e4b15 float8e4b8 float8e4nv float8e5 float8e5b16 int1 int16 int32 int64 int8 pi32_t pointer_type
+        slice tensor tensor_descriptor tensor_descriptor_type tuple tuple_type uint16 uint32 uint64 uint8 void""",
+    "modules": "core extra math random standard target_info",
+    "helpers of the front end": "str_to_ty to_tensor",
+}
+
+
+def rows(table: dict[str, str]) -> list[str]:
+    return [name for names in table.values() for name in names.split()]
+
+
+@functools.cache
+def functions_of(file: str) -> frozenset[str]:
+    tree = ast.parse((Path(__file__).parent / file).read_text())
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def test_every_name_of_the_language_has_one_row():
+    public = {name for name in dir(tl) if not name.startswith("_")}
+    named = rows(RUNS) + rows(OPEN) + list(REFUSED) + rows(NO_OPERATION)
+    assert public - set(named) == set(), "names of triton.language without a row here"
+    assert sorted(named) == sorted(set(named)), "a name has two rows"
+
+
+@pytest.mark.parametrize("place", RUNS)
+def test_the_tests_that_rows_name_exist(place):
+    file, name = place.split("::")
+    assert name in functions_of(file)
+    text = (Path(__file__).parent / file).read_text()
+    missing = [n for n in RUNS[place].split() if f"tl.{n}" not in text and f".{n}(" not in text and n != "range"]
+    assert missing == [], f"{file} never calls these"
