@@ -9,6 +9,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 import torch
+from effc.codegen.cpu.target import available_isas, best_isa
 from effc.runtime import store
 
 TEST_CACHE = "EFFC_TEST_CACHE_DIR"
@@ -33,6 +34,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[isa for isa in available_isas() if isa != best_isa() or "+" not in available_isas()[0]])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All that this CPU has, then each lesser instruction set down to plain vector types."""
+    monkeypatch.setenv("EFFC_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(params=available_isas())
+def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As `isa`, and this CPU's instruction set without its extra features: for what they change, products."""
+    monkeypatch.setenv("EFFC_ISA", request.param)
+    return request.param
 
 
 @pytest.fixture

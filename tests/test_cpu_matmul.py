@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from effc.codegen.cpu import launch, lower
-from effc.codegen.cpu.target import LANES, best_isa
 
 TYPES = {
     torch.float32: "*fp32",
@@ -18,14 +17,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int8: "*i8",
 }
-ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("EFFC_ISA", request.param)
-    return request.param
 
 
 def run(fn, grid, *args, **constants):

@@ -5,16 +5,8 @@ import torch
 import triton
 import triton.language as tl
 from effc.codegen.cpu import launch, lower
-from effc.codegen.cpu.target import LANES, best_isa
 
 TYPES = {torch.float32: "*fp32", torch.int32: "*i32"}
-ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("EFFC_ISA", request.param)
-    return request.param
 
 
 def run(fn, grid, *args, **constants):

@@ -6,8 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from effc.codegen.cpu import host_target, kernel_from_source, launch, lower
-from effc.codegen.cpu.target import LANES, best_isa
+from effc.codegen.cpu import kernel_from_source, launch, lower
 from triton.language.extra import libdevice
 
 TYPES = {
@@ -18,13 +17,6 @@ TYPES = {
     torch.int32: "*i32",
 }
 TYPES |= {torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.int16: "*i16"}
-ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("EFFC_ISA", request.param)
-    return request.param
 
 
 def run(fn, grid, *args, divisible=(), **constants):
@@ -571,9 +563,3 @@ def test_double_precision(isa):
     run(wide_kernel, (1,), x, out, 100, BLOCK=128)
     want = x.exp() + x.abs().sqrt() * x.abs() + torch.arange(100.0, dtype=torch.float64) / 3 + x.sum()
     torch.testing.assert_close(out, want, rtol=1e-13, atol=1e-13)
-
-
-def test_target_is_spelled_out(isa):
-    target = host_target()
-    assert target.isa == isa
-    assert not any("native" in flag or "fast-math" in flag for flag in target.flags)

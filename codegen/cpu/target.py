@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from ...compiler.errors import InputError, ToolchainError
 
 LANES = {"avx512": 16, "avx2": 8, "generic": 4}
-AVX2_FLAGS = ("avx2", "fma", "f16c", "bmi", "bmi2", "popcnt")
-AVX512_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
-KERNEL_NAMES = {"bmi": "bmi1"}  # /proc/cpuinfo's word for a compiler's flag
+# What every CPU of an instruction set has, and what some have besides: words of /proc/cpuinfo.
+BASE = {
+    "avx512": ("avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx2": ("avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt"),
+    "generic": (),
+}
+EXTRAS = {"avx512": ("avx512_vnni", "avx512_bf16"), "avx2": ("avx_vnni",), "generic": ()}
 COMMON_FLAGS = (
     "-O2", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=fast", "-fno-math-errno",
     "-fno-trapping-math",
@@ -25,18 +29,25 @@ class CpuTarget:
     """A CPU to compile for: instruction set, its fp32 lanes, and the compiler with its full command line."""
 
     isa: str  # "avx512", "avx2" or "generic"
+    features: tuple[str, ...]  # those of EXTRAS[isa] that may be used
     lanes: int
     cxx: str
     cxx_version: str
     flags: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """What $EFFC_ISA would have to say to get it: avx512+avx512_vnni."""
+        return "+".join([self.isa, *self.features])
+
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
+    """What /proc/cpuinfo, where there is one, says of the first CPU: what it has and the system saves."""
     try:
         with open("/proc/cpuinfo") as info:
             for line in info:
-                if line.startswith("flags"):
+                if line.startswith(("flags", "Features")):  # x86, Arm
                     return frozenset(line.split(":", 1)[1].split())
     except OSError:
         pass
@@ -44,12 +55,40 @@ def cpu_features() -> frozenset[str]:
 
 
 def best_isa() -> str:
-    def has(flags: tuple[str, ...]) -> bool:
-        return all(KERNEL_NAMES.get(flag, flag) in cpu_features() for flag in flags)
-
-    if platform.machine() not in ("x86_64", "AMD64") or not has(AVX2_FLAGS):
+    if platform.machine() not in ("x86_64", "AMD64"):
         return "generic"
-    return "avx512" if has(AVX512_FLAGS) else "avx2"
+    return next(isa for isa in LANES if cpu_features().issuperset(BASE[isa]))
+
+
+def available_isas() -> list[str]:
+    """What $EFFC_ISA may say on this CPU: everything it has, then less and less."""
+    isas = list(LANES)[list(LANES).index(best_isa()) :]
+    everything = "+".join([best_isa(), *extras(best_isa())])
+    return list(dict.fromkeys([everything, *isas]))
+
+
+def extras(isa: str) -> tuple[str, ...]:
+    return tuple(feature for feature in EXTRAS[isa] if feature in cpu_features())
+
+
+def chosen_isa(isa: str | None) -> tuple[str, tuple[str, ...]]:
+    """Instruction set and features of `isa`, else of $EFFC_ISA, else all that the CPU has. Raises InputError."""
+    text = isa or os.environ.get("EFFC_ISA", "").strip()
+    if not text:
+        return best_isa(), extras(best_isa())
+    isa, *features = text.split("+")
+    if isa not in LANES:
+        raise InputError(
+            f"unknown instruction set {isa!r}: expected one of {', '.join(LANES)} (argument isa or $EFFC_ISA)"
+        )
+    if unknown := [feature for feature in features if feature not in EXTRAS[isa]]:
+        raise InputError(
+            f"unknown feature {unknown[0]!r} of instruction set {isa}:"
+            f" expected one of {', '.join(EXTRAS[isa]) or 'none'} (argument isa or $EFFC_ISA)"
+        )
+    if list(LANES).index(isa) < list(LANES).index(best_isa()) or not cpu_features().issuperset(features):
+        raise InputError(f"instruction set {text} is more than this CPU has ({available_isas()[0]})")
+    return isa, tuple(feature for feature in EXTRAS[isa] if feature in features)
 
 
 def find_compiler() -> str:
@@ -82,18 +121,19 @@ def compiler_version(cxx: str) -> str:
     return done.stdout.splitlines()[0]
 
 
+def machine_flags(isa: str, features: tuple[str, ...]) -> tuple[str, ...]:
+    """-mavx512vnni for avx512_vnni: a compiler's words for those of /proc/cpuinfo."""
+    words = {"bmi1": "bmi"}
+    flags = tuple(f"-m{words.get(word, word).replace('_', '')}" for word in BASE[isa] + features)
+    return (*flags, "-mprefer-vector-width=512") if isa == "avx512" else flags
+
+
 def host_target(isa: str | None = None) -> CpuTarget:
-    """The host as a target. `isa`, else $EFFC_ISA, may ask for less than it has. Raises ToolchainError, InputError."""
-    isa = isa or os.environ.get("EFFC_ISA") or best_isa()
-    if isa not in LANES:
-        raise InputError(
-            f"unknown instruction set {isa!r}: expected one of {', '.join(LANES)} (argument isa or $EFFC_ISA)"
-        )
-    if list(LANES).index(isa) < list(LANES).index(best_isa()):
-        raise InputError(f"instruction set {isa} is more than this CPU has ({best_isa()})")
+    """The host as a target, with all that its CPU has. Raises ToolchainError, InputError.
+
+    `isa`, else $EFFC_ISA, asks for exactly an instruction set and its features: avx512+avx512_vnni, avx2, generic.
+    """
+    isa, features = chosen_isa(isa)
     cxx = find_compiler()
-    machine = {"generic": (), "avx2": AVX2_FLAGS, "avx512": AVX2_FLAGS + AVX512_FLAGS}[isa]
-    flags = COMMON_FLAGS + tuple(f"-m{flag}" for flag in machine)
-    if isa == "avx512":
-        flags += ("-mprefer-vector-width=512",)
-    return CpuTarget(isa, LANES[isa], cxx, compiler_version(cxx), flags)
+    flags = COMMON_FLAGS + machine_flags(isa, features)
+    return CpuTarget(isa, features, LANES[isa], cxx, compiler_version(cxx), flags)
