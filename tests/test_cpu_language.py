@@ -30,11 +30,11 @@ OPEN = {  # rows to fill: every name here wants a test, or a reason
         pair_uniform_to_normal philox philox_impl rand rand4x randint randint4x randn randn4x uint_to_uniform_float
         inline_asm_elementwise map_elementwise zeros_like softmax cast""",
     "structure": """
-        advance associative_scan assume atomic_and atomic_cas atomic_load atomic_min atomic_or atomic_poll atomic_store atomic_xchg
-        atomic_xor aggregate_replace bitonic_merge broadcast broadcast_to condition cumprod debug_barrier dot_scaled
-        expand_dims expect_zero histogram interleave load_tensor_descriptor make_block_ptr make_tensor_descriptor
-        max_constancy max_contiguous multiple_of permute ravel reduce reduce_or squeeze store_tensor_descriptor swizzle2d
-        topk unsqueeze view""",
+        advance associative_scan assume atomic_and atomic_cas atomic_load atomic_min atomic_or atomic_poll atomic_store
+        atomic_xchg atomic_xor aggregate_replace bitonic_merge broadcast broadcast_to condition cumprod debug_barrier
+        dot_scaled expand_dims expect_zero histogram interleave load_tensor_descriptor make_block_ptr
+        make_tensor_descriptor max_constancy max_contiguous multiple_of permute ravel reduce reduce_or squeeze
+        store_tensor_descriptor swizzle2d topk unsqueeze view""",
 }
 REFUSED: dict[str, str] = {}
 NO_OPERATION = {
