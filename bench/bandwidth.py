@@ -87,4 +87,4 @@ def multiply_add_peak(repeats: int = 12, target: CpuTarget | None = None) -> flo
 
 
 if __name__ == "__main__":
-    print(f"read bandwidth {read_bandwidth() / 1e9:.1f} GB/s, fp32 multiply-add {multiply_add_peak() / 1e9:.0f} GFLOP/s")
+    print(f"{read_bandwidth() / 1e9:.1f} GB/s read, {multiply_add_peak() / 1e9:.0f} GFLOP/s of fp32 multiply-adds")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import measure
 import torch
+from bandwidth import multiply_add_peak, read_bandwidth
 from effc.speed import surroundings
 from kernels.case import Case, Function
 from torch import Tensor
@@ -120,7 +121,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the chosen rows in this process."""
     wanted = [word for word in options.only.split(",") if word]
     rows = []
-    bandwidth = measure.read_bandwidth(repeats=1 if options.build else 20)
+    repeats = 1 if options.build else 12
+    bandwidth, peak = read_bandwidth(repeats=repeats), multiply_add_peak(repeats=repeats)
     with torch.inference_mode(), surroundings() as around:
         for make in case_makers(options.module):
             for case in make():
@@ -129,7 +131,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     if not options.build:
                         rows.append(row(case, options.turns))
     say("")
-    return {"surroundings": str(around), "others_cores": around.others, "read_bandwidth": bandwidth, "rows": rows}
+    return {
+        "surroundings": str(around),
+        "others_cores": around.others,
+        "read_bandwidth": bandwidth,
+        "multiply_add_peak": peak,
+        "rows": rows,
+    }
 
 
 def case_makers(only: str | None) -> list[Callable[[], list[Case]]]:
@@ -245,7 +253,8 @@ def markdown(result: dict[str, Any]) -> str:
         title = "as the machine is" if isa == "native" else "both sides held to AVX2"
         lines += [
             "",
-            f"**{title}**: read bandwidth {bandwidth / 1e9:.1f} GB/s; {measured['surroundings']}",
+            f"**{title}**: read bandwidth {bandwidth / 1e9:.1f} GB/s, fp32 multiply-adds"
+            f" {measured['multiply_add_peak'] / 1e9:.0f} GFLOP/s; {measured['surroundings']}",
             "",
             "| kernel | shape | effc | PyTorch | its way | ratio | goal | GB/s | GFLOP/s | error | eager's |",
             "|---|---|--:|--:|---|--:|---|--:|--:|--:|--:|",
