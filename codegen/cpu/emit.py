@@ -21,7 +21,7 @@ MAX_STACK = 1 << 20
 class KernelPrinter:
     """State of printing one kernel: lines so far, arrays of stored tensors, facts about scalars."""
 
-    def __init__(self, function: Function, name: str, lanes: int, divisible: frozenset[str] = frozenset()):
+    def __init__(self, function: Function, name: str, lanes: int):
         self.function, self.name, self.lanes = function, name, lanes
         self.plan = Plan(function)
         self.analysis = self.plan.analysis
@@ -38,9 +38,7 @@ class KernelPrinter:
         self.stack_bytes = 0
         self.roots = RootPrinter(self)
         self.last_location: tuple[str, int] | None = None
-        for arg in function.args:
-            if arg.name in divisible:
-                self.analysis.divisors[arg] = 16
+        self.analysis.divisors |= function.divisors
 
     # -- text
 

@@ -80,12 +80,16 @@ class Op:
 
 @dataclass(eq=False)
 class Function:
-    """A kernel: its arguments in the signature's order, without the constexprs, and its body."""
+    """A kernel: its arguments in the signature's order, without the constexprs, and its body.
+
+    divisors: powers of two that the launch promises to divide integer arguments.
+    """
 
     name: str
     args: list[Value]
     body: Block
     text: str
+    divisors: dict[Value, int] = field(default_factory=dict)
 
     def number(self) -> None:
         """Give every op its position in program order and every value its users."""

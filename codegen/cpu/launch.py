@@ -1,13 +1,14 @@
-"""Triton kernels to C++ text, and a simple way to run one: `lower`, `launch`."""
+"""Triton kernels to C++ text, and how native code is called: `lower`, `launch`."""
 
 import ctypes
 import functools
 import os
-from collections.abc import Collection
+import struct
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...compiler.errors import InputError
+from ...compiler.errors import InputError, ToolchainError
 from .build import PRELUDE, build_library
 from .emit import KernelPrinter
 from .parse import parse_module
@@ -15,14 +16,10 @@ from .spelling import scalar_type
 from .target import CpuTarget, host_target
 from .ttir import make_ttir
 
-CTYPES = {
-    "float": ctypes.c_float,
-    "double": ctypes.c_double,
-    "bool": ctypes.c_bool,
-    "int8_t": ctypes.c_int8,
-    "int16_t": ctypes.c_int16,
-}
-CTYPES |= {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64}
+STRUCT_CODES = {"float": "f", "double": "d", "bool": "?", "int8_t": "b", "int16_t": "h", "int32_t": "i", "int64_t": "q"}
+"""C type -> code of Python's struct module; pointers are "P"."""
+
+GRID_CODES = "4i"  # programs along x, y, z, and threads
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,14 @@ class CppKernel:
     """A kernel as C++. `params`: name and C type, in the Triton signature's order, without the constexprs.
 
     `cpp` defines `static void NAME(params..., pid_x, pid_y, pid_z, num_x, num_y, num_z)`, the last six int32_t: one
-    program of the grid. It needs PRELUDE before it.
+    program of the grid. It needs PRELUDE before it. scratch_bytes: stack that one program takes for its arrays.
     """
 
     name: str
     params: tuple[tuple[str, str], ...]
     ttir: str
     cpp: str
+    scratch_bytes: int = 0
 
 
 def lower(
@@ -52,34 +50,64 @@ def lower(
     signature: types of the arguments as Triton writes them ("*fp32", "i32"); constants: values of the constexprs.
     divisible: arguments known to be multiples of 16. Raises UnsupportedKernel with the op and its source line.
     """
-    target = target or host_target()
-    text = make_ttir(fn, signature, constants, divisible)
-    function = parse_module(text)
-    printer = KernelPrinter(function, name or function.name, target.lanes, frozenset(divisible))
+    return print_kernel(make_ttir(fn, signature, constants, divisible), target or host_target(), name)
+
+
+def print_kernel(ttir: str, target: CpuTarget, name: str | None = None) -> CppKernel:
+    """Triton IR text, optimized and with locations, to C++."""
+    function = parse_module(ttir)
+    printer = KernelPrinter(function, name or function.name, target.lanes)
     cpp = printer.print()
-    order = [n for n in fn.arg_names if n not in constants]
-    types = [scalar_type(arg.type) for arg in function.args]
-    return CppKernel(printer.name, tuple(zip(order, types, strict=True)), text, cpp)
+    params = tuple((arg.name, scalar_type(arg.type)) for arg in function.args)
+    return CppKernel(printer.name, params, ttir, cpp, printer.stack_bytes)
 
 
 LAUNCHER = """
-extern "C" __attribute__((visibility("default"))) void launch({params}int32_t num_x, int32_t num_y, int32_t num_z) {{
-  const int64_t programs = (int64_t)num_x * num_y * num_z;
-#pragma omp parallel for schedule(dynamic)
+struct Launch {{
+  int32_t num_x, num_y, num_z, threads;
+{fields}}};
+
+extern "C" __attribute__((visibility("default"))) void launch(const Launch *launch) {{
+  const int32_t num_x = launch->num_x, num_y = launch->num_y, num_z = launch->num_z, threads = launch->threads;
+  const int64_t programs = (int64_t)num_x * num_y * num_z, at_once = programs / (32 * threads) + 1;
+#pragma omp parallel for schedule(dynamic, at_once) num_threads(threads) if (programs > 1)
   for (int64_t p = 0; p < programs; ++p)
     {name}({args}p % num_x, p / num_x % num_y, p / num_x / num_y, num_x, num_y, num_z);
 }}
 """
 
 
+def launcher(kernel: CppKernel) -> str:
+    """C++ of `void launch(const Launch *)`: a kernel over a grid. The struct is laid out as `packer` packs it."""
+    fields = "".join(f"  {type_} arg{k};\n" for k, (_, type_) in enumerate(kernel.params))
+    args = "".join(f"launch->arg{k}, " for k in range(len(kernel.params)))
+    return LAUNCHER.format(fields=fields, args=args, name=kernel.name)
+
+
+def packer(codes: Iterable[str]) -> Callable[..., bytes]:
+    """Packs num_x, num_y, num_z, threads and the arguments; `codes` are the arguments' (see STRUCT_CODES)."""
+    return struct.Struct(GRID_CODES + "".join(codes)).pack
+
+
+def struct_code(c_type: str) -> str:
+    return "P" if c_type.endswith("*") else STRUCT_CODES[c_type]
+
+
 @functools.lru_cache(maxsize=256)
-def loaded(kernel: CppKernel, target: CpuTarget, cache_dir: Path):
-    params = "".join(f"{type_} {name}, " for name, type_ in kernel.params)
-    args = "".join(f"{name}, " for name, _ in kernel.params)
-    body = PRELUDE + kernel.cpp + LAUNCHER.format(params=params, args=args, name=kernel.name)
-    function = ctypes.CDLL(str(build_library(body, target, cache_dir))).launch
+def load_launcher(cpp: str, target: CpuTarget, cache_dir: Path) -> Callable[[bytes], None]:
+    """The `launch` of C++ text (without PRELUDE), built where it is not in the cache: takes what `packer` packs.
+
+    Other Python threads run meanwhile.
+    """
+    library = build_library(PRELUDE + cpp, target, cache_dir)
+    try:
+        function = ctypes.CDLL(str(library)).launch
+    except OSError as error:
+        raise ToolchainError(
+            f"cannot load {library} ({error}): remove it, and set EFFC_CXX to g++ or clang++"
+        ) from None
     function.restype = None
-    function.argtypes = [CTYPES.get(type_, ctypes.c_void_p) for _, type_ in kernel.params] + [ctypes.c_int32] * 3
+    function.argtypes = [ctypes.c_char_p]
     return function
 
 
@@ -95,6 +123,15 @@ def launch(kernel: CppKernel, grid: tuple[int, ...], *args, target: CpuTarget | 
     if len(args) != len(kernel.params):
         names = ", ".join(name for name, _ in kernel.params)
         raise InputError(f"kernel {kernel.name} takes {len(kernel.params)} arguments ({names}), got {len(args)}")
-    function = loaded(kernel, target or host_target(), cache_folder())
+    function = load_launcher(kernel.cpp + launcher(kernel), target or host_target(), cache_folder())
     sizes = tuple(grid) + (1,) * (3 - len(grid))
-    function(*(arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in args), *sizes)
+    values = (arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in args)
+    pack = packer(struct_code(type_) for _, type_ in kernel.params)
+    function(pack(*sizes, available_threads(), *values))
+
+
+def available_threads() -> int:
+    """How many threads run a launch: as many as PyTorch's own operators take."""
+    import torch
+
+    return torch.get_num_threads()

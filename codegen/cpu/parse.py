@@ -15,6 +15,7 @@ LOCATION_LINE = re.compile(r"^(#loc\w*) = loc\((.*)\)$")
 FILE_LOCATION = re.compile(r'"([^"]+)":(\d+):\d+')
 RESULTS = re.compile(r"^((?:%[\w#.$-]+(?::\d+)?(?:, )?)+) = ")
 OP_NAME = re.compile(r'^"?([\w.]+)"?')
+DIVISIBILITY = re.compile(r"tt\.divisibility = (\d+)")
 OPERAND = re.compile(r"%[\w.$-]+(?:#\d+)?")
 TYPE = re.compile(
     r"tensor<([\dx]*)(!tt\.ptr<([\w.]+)(?:, \d+)?>|[\w.]+)>|!tt\.ptr<([\w.]+)(?:, \d+)?>|\b(index|i\d+|bf16|f\d+)\b"
@@ -163,14 +164,19 @@ class Parser:
         inside = header[
             header.index("(") + 1 : header.rindex(") attributes") if ") attributes" in header else header.rindex(")")
         ]
-        args = [self.define(found[1], types_in(found[2])[0]) for found in re.finditer(r"(%[\w.$-]+): ([^%]+)", inside)]
+        args, divisors = [], {}
+        for found in re.finditer(r"(%[\w.$-]+): ([^%]+)", inside):
+            arg = self.define(found[1], types_in(found[2])[0])
+            args.append(arg)
+            if (promise := DIVISIBILITY.search(found[2])) and arg.type.element != "ptr":
+                divisors[arg] = int(promise[1])
         self.at += 1
         body, _ = self.parse_block()
         if any(line.startswith("tt.func") for line in self.lines[self.at :]):
             raise UnsupportedKernel(
                 f"kernel {name}: calls of functions that are not inlined (noinline) are not supported on CPU"
             )
-        function = Function(name, args, body, self.text)
+        function = Function(name, args, body, self.text, divisors)
         normalize(function)
         function.number()
         return function

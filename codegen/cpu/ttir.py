@@ -8,8 +8,8 @@ import functools
 import hashlib
 import linecache
 import types
-from collections.abc import Collection, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType, SimpleNamespace
 
 from ...compiler.errors import UnsupportedKernel
 
@@ -42,11 +42,10 @@ def make_ttir(
 
     Raises UnsupportedKernel with Triton's own message where its front end refuses the kernel.
     """
-    from triton._C.libtriton import ir, passes
+    from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler.errors import CompilationError
-    from triton.language.extra.cuda import libdevice
 
     missing = [name for name in fn.arg_names if name not in signature and name not in constants]
     if missing:
@@ -56,13 +55,30 @@ def make_ttir(
     source = ASTSource(fn, types_, dict(constants), attrs)
     context = ir.context()
     ir.load_dialects(context)
-    codegen_fns = {"min_dot_size": lambda lhs, rhs: (1, 1, 1), "convert_custom_types": refuse_custom_types}
-    module_map = {"triton.language.extra.libdevice": libdevice}
     try:
-        module = source.make_ir(GPUTarget("cpu", 0, 1), OPTIONS, codegen_fns, module_map, context)
+        module = source.make_ir(GPUTarget("cpu", 0, 1), OPTIONS, codegen_functions(), module_map(), context)
     except CompilationError as error:
         reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
         raise UnsupportedKernel(f"kernel {fn.__name__}: Triton's front end refuses it: {reason}") from error
+    return optimize(module, context)
+
+
+def codegen_functions() -> dict[str, Callable]:
+    """What Triton's front end asks a target for."""
+    return {"min_dot_size": lambda lhs, rhs: (1, 1, 1), "convert_custom_types": refuse_custom_types}
+
+
+def module_map() -> dict[str, ModuleType]:
+    """Modules of device functions that kernels import, and what stands for them."""
+    from triton.language.extra.cuda import libdevice
+
+    return {"triton.language.extra.libdevice": libdevice}
+
+
+def optimize(module, context) -> str:
+    """Run the target-independent passes over what the front end made; returns Triton IR text with locations."""
+    from triton._C.libtriton import ir, passes
+
     manager = ir.pass_manager(context)
     passes.common.add_inliner(manager)
     for add in ("add_rewrite_tensor_pointer", "add_rewrite_tensor_descriptor_to_pointer"):
