@@ -10,53 +10,51 @@ import time
 from collections.abc import Callable
 
 import torch
-from effc.codegen.cpu import CpuTarget, build_library, host_target
+from effc.codegen.cpu import PRELUDE, CpuTarget, build_library, host_target
 from effc.codegen.cpu.launch import cache_folder
 
 PROBES = """
-#include <stdint.h>
-enum { LANES = %d, CHAINS = 12, STEPS = 1000 };
+enum { LANES = %d, CHAINS = 12, STEPS = 10000, BLOCK = 1 << 18 };
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Words __attribute__((vector_size(4 * LANES), may_alias));
 
-extern "C" __attribute__((visibility("default"))) int32_t read_all(const char *data, int64_t bytes) {
+extern "C" __attribute__((visibility("default"))) int32_t read_all(const char *data, int64_t blocks, int32_t threads) {
   int32_t found = 0;
-#pragma omp parallel for schedule(static) reduction(| : found)
-  for (int64_t page = 0; page < bytes; page += 4096) {
+  for_each(blocks, threads, [data, &found](int64_t block) {
+    const Words *words = (const Words *)(data + block * BLOCK);
     Words seen[8] = {};
-    const Words *words = (const Words *)(data + page);
-    for (int k = 0; k < 4096 / (int)sizeof(Words); k += 8)
+    for (int k = 0; k < BLOCK / (int)sizeof(Words); k += 8)
       for (int chain = 0; chain < 8; ++chain) seen[chain] |= words[k + chain];
     for (int chain = 1; chain < 8; ++chain) seen[0] |= seen[chain];
-    for (int lane = 0; lane < LANES; ++lane) found |= seen[0][lane];
-  }
+    for (int lane = 0; lane < LANES; ++lane)
+      if (seen[0][lane]) __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
+  });
   return found;
 }
 
-extern "C" __attribute__((visibility("default"))) float multiply_add(int64_t turns) {
-  float total = 0;
-#pragma omp parallel for schedule(static) reduction(+ : total)
-  for (int64_t turn = 0; turn < turns; ++turn) {
+extern "C" __attribute__((visibility("default"))) int32_t multiply_add(int64_t turns, int32_t threads) {
+  int32_t negative = 0;
+  for_each(turns, threads, [&negative](int64_t turn) {
     Floats sum[CHAINS], factor = Floats{} + 0.5f + (float)turn;
 #pragma GCC unroll 12
     for (int chain = 0; chain < CHAINS; ++chain) sum[chain] = Floats{} + (float)chain;
     for (int step = 0; step < STEPS; ++step)
 #pragma GCC unroll 12
       for (int chain = 0; chain < CHAINS; ++chain) sum[chain] = sum[chain] * factor + factor;
-    for (int chain = 0; chain < CHAINS; ++chain) total += sum[chain][0];
-  }
-  return total;
+    for (int chain = 0; chain < CHAINS; ++chain)
+      if (sum[chain][0] < 0) __atomic_store_n(&negative, 1, __ATOMIC_RELAXED);
+  });
+  return negative;
 }
 """
-CHAINS, STEPS = 12, 1000
+CHAINS, STEPS, BLOCK = 12, 10000, 1 << 18
 
 
 @functools.cache
 def probes(target: CpuTarget) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build_library(PROBES % target.lanes, target, cache_folder())))
-    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.multiply_add.argtypes = [ctypes.c_int64]
-    library.multiply_add.restype = ctypes.c_float
+    library = ctypes.CDLL(str(build_library(PRELUDE + PROBES % target.lanes, target, cache_folder())))
+    library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
+    library.multiply_add.argtypes = [ctypes.c_int64, ctypes.c_int32]
     return library
 
 
@@ -74,16 +72,16 @@ def best_of(call: Callable[[], object], repeats: int) -> float:
 def read_bandwidth(megabytes: int = 512, repeats: int = 12, target: CpuTarget | None = None) -> float:
     """Bytes per second that all threads read from memory, far more of it than caches hold."""
     data = torch.ones(megabytes << 20, dtype=torch.uint8)
-    library = probes(target or host_target())
-    return data.numel() / best_of(lambda: library.read_all(data.data_ptr(), data.numel()), repeats)
+    library, threads = probes(target or host_target()), torch.get_num_threads()
+    return data.numel() / best_of(lambda: library.read_all(data.data_ptr(), data.numel() // BLOCK, threads), repeats)
 
 
 def multiply_add_peak(repeats: int = 12, target: CpuTarget | None = None) -> float:
     """fp32 operations per second of all threads, two for a multiply-add, with operands in registers."""
     target = target or host_target()
-    library, turns = probes(target), 2000
+    library, turns = probes(target), 200
     operations = 2 * target.lanes * CHAINS * STEPS * turns
-    return operations / best_of(lambda: library.multiply_add(turns), repeats)
+    return operations / best_of(lambda: library.multiply_add(turns, torch.get_num_threads()), repeats)
 
 
 if __name__ == "__main__":

@@ -209,10 +209,9 @@ class StepPrinter:
                 *self.preamble(),
                 f"  Launch launches[{max(count, 1)}] = {{}};",
                 *(["  last_stamp = omp_get_wtime();"] if self.timed else []),
-                "  #pragma omp parallel num_threads(threads)",
-                "  {",
+                "  on_threads(threads, [&] {",
                 *(line for step in segment.steps for line in self.step(step, positions)),
-                "  }",
+                "  });",
                 "}",
                 "",
             ]

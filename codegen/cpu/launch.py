@@ -69,10 +69,10 @@ struct Launch {{
 
 extern "C" __attribute__((visibility("default"))) void launch(const Launch *launch) {{
   const int32_t num_x = launch->num_x, num_y = launch->num_y, num_z = launch->num_z, threads = launch->threads;
-  const int64_t programs = (int64_t)num_x * num_y * num_z, at_once = programs / (32 * threads) + 1;
-#pragma omp parallel for schedule(dynamic, at_once) num_threads(threads) if (programs > 1)
-  for (int64_t p = 0; p < programs; ++p)
+  const int64_t programs = (int64_t)num_x * num_y * num_z;
+  for_each(programs, threads, [=](int64_t p) {{
     {name}({args}p % num_x, p / num_x % num_y, p / num_x / num_y, num_x, num_y, num_z);
+  }});
 }}
 """
 

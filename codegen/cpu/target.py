@@ -18,9 +18,9 @@ BASE = {
 }
 EXTRAS = {"avx512": ("avx512_vnni", "avx512_bf16"), "avx2": ("avx_vnni",), "generic": ()}
 COMMON_FLAGS = (
-    "-O2", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=fast", "-fno-math-errno",
+    "-O2", "-std=c++17", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=fast", "-fno-math-errno",
     "-fno-trapping-math",
-    "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas",
+    "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
 
 
