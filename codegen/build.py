@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .cpu import PRELUDE, CppKernel, CpuTarget, build_library, kernel_from_source, lower
+from .cpu import CppKernel, CpuTarget, build_library, kernel_from_source, lower, with_prelude
 from .emit import StepPrinter
 from .kernel import Kernel, Schedule
 from .memory import MemoryPlan
@@ -59,7 +59,7 @@ def cpp_source(schedule: Schedule, plan: MemoryPlan, names: dict, target: CpuTar
     """The translation unit of a schedule: its kernels and its step functions."""
     kernels = {kernel.symbol: cpp_kernel(kernel, target) for kernel in schedule.kernels}
     steps = StepPrinter(schedule, plan, kernels, names, timed).functions()
-    return "\n\n".join([PRELUDE, *(kernel.cpp for kernel in kernels.values()), steps])
+    return with_prelude("\n\n".join([*(kernel.cpp for kernel in kernels.values()), steps]))
 
 
 def build_native(schedule: Schedule, plan: MemoryPlan, names: dict, target: CpuTarget, cache: Path) -> Path:

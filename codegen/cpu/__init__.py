@@ -8,9 +8,12 @@ scalars and control flow, `roots` (with `reduce`, `dots` and `clip`) one loop `n
 the result.
 """
 
-from .build import PRELUDE, build_library
+from .build import PRELUDE, build_library, with_prelude
 from .launch import CppKernel, launch, lower
 from .target import CpuTarget, host_target
 from .ttir import kernel_from_source
 
-__all__ = ["PRELUDE", "CppKernel", "CpuTarget", "build_library", "host_target", "kernel_from_source", "launch", "lower"]
+__all__ = [
+    "PRELUDE", "CppKernel", "CpuTarget", "build_library", "host_target", "kernel_from_source", "launch", "lower",
+    "with_prelude",
+]  # fmt: skip

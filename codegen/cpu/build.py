@@ -13,11 +13,18 @@ from .target import CpuTarget
 
 FOLDER = Path(__file__).parent
 PRELUDE: str = (FOLDER / "prelude.h").read_text() + (FOLDER / "math.h").read_text()
+RARE_HEADERS = {"f8E": "fp8.h"}  # by what C++ that needs them says
 NO_SPACE = os.strerror(errno.ENOSPC)
 
 
+def with_prelude(body: str) -> str:
+    """`body` after the prelude and the headers it needs."""
+    rare = [(FOLDER / header).read_text() for word, header in RARE_HEADERS.items() if word in body]
+    return "\n".join([PRELUDE, *rare, body])
+
+
 def build_library(body: str, target: CpuTarget, cache_dir: Path) -> Path:
-    """Compile `body` (which starts with PRELUDE) to a shared library in `cache_dir`; returns its path.
+    """Compile `body` (which has its prelude) to a shared library in `cache_dir`; returns its path.
 
     The name is a hash of the text, the flags and the compiler; a library that is damaged is made again. Raises
     ToolchainError with the compiler's first error, CacheError where the folder cannot be used.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 class Type:
     """`element` of `shape`; a scalar has shape (). Pointers say what they point to: element "ptr", pointee "f32"."""
 
-    element: str  # i1 i8 i16 i32 i64 f16 bf16 f32 f64 ptr
+    element: str  # i1 i8 i16 i32 i64 f16 bf16 f32 f64 f8E4M3FN f8E5M2 f8E4M3FNUZ f8E5M2FNUZ ptr
     shape: tuple[int, ...] = ()
     pointee: str = ""
 
@@ -18,7 +18,7 @@ class Type:
 
     @property
     def is_float(self) -> bool:
-        return self.element in ("f16", "bf16", "f32", "f64")
+        return self.element.startswith(("f", "bf"))
 
     @property
     def numel(self) -> int:

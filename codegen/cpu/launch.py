@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...compiler.errors import InputError, ToolchainError
-from .build import PRELUDE, build_library
+from .build import build_library, with_prelude
 from .emit import KernelPrinter
 from .parse import parse_module
 from .spelling import scalar_type
@@ -27,7 +27,7 @@ class CppKernel:
     """A kernel as C++. `params`: name and C type, in the Triton signature's order, without the constexprs.
 
     `cpp` defines `static void NAME(params..., pid_x, pid_y, pid_z, num_x, num_y, num_z)`, the last six int32_t: one
-    program of the grid. It needs PRELUDE before it. scratch_bytes: stack that one program takes for its arrays.
+    program of the grid. It goes through `with_prelude`. scratch_bytes: stack that one program takes for its arrays.
     """
 
     name: str
@@ -95,11 +95,11 @@ def struct_code(c_type: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def load_launcher(cpp: str, target: CpuTarget, cache_dir: Path) -> Callable[[bytes], None]:
-    """The `launch` of C++ text (without PRELUDE), built where it is not in the cache: takes what `packer` packs.
+    """The `launch` of C++ text (without a prelude), built where it is not in the cache: takes what `packer` packs.
 
     Other Python threads run meanwhile.
     """
-    library = build_library(PRELUDE + cpp, target, cache_dir)
+    library = build_library(with_prelude(cpp), target, cache_dir)
     try:
         function = ctypes.CDLL(str(library)).launch
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from .cells import Cell, Index, Stored, closed, constant_zero, element_place
 from .ir import Op, Type, Value
-from .spelling import HALF, lanes_type, pointee_type, scalar_type
+from .spelling import SMALL_FLOATS, lanes_type, pointee_type, scalar_type
 
 
 class MemoryAccess:
@@ -72,18 +72,18 @@ class MemoryAccess:
         if pointer.kind == "vector":
             return self.gather(op, pointer, None, other, level, lanes)
         other_text = self.vector(other, type_)
-        half = f"_{element}" if element in HALF else ""
+        small = f"_{element}" if element in SMALL_FLOATS else ""
         if pointer.kind == "uniform":
             text = f"splat<{vector}>({from_memory(element, f'*{closed(pointer.text)}', 1)})"
             if lanes and masks is not None:
                 below = f"select(below<i32x{width}>({lanes}), {text}, {other_text})"
                 text = f"{lanes_condition(lanes)} ? {below} : {other_text}"
         elif pointer.stride == 1:
-            text = f"load{half}<{vector}>({pointer.text})"
+            text = f"load{small}<{vector}>({pointer.text})"
             if lanes:
-                text = f"load{half}_n<{vector}>({pointer.text}, {lanes}, {other_text})"
+                text = f"load{small}_n<{vector}>({pointer.text}, {lanes}, {other_text})"
         else:
-            text = f"load{half}_strided<{vector}>({pointer.text}, {pointer.stride}, {lanes or width}, {other_text})"
+            text = f"load{small}_strided<{vector}>({pointer.text}, {pointer.stride}, {lanes or width}, {other_text})"
         if element == "i1":
             text = f"-({text} & 1)"
         return self.named(level, vector, op.result.name, text, kind="vector")
@@ -91,12 +91,12 @@ class MemoryAccess:
     def gather(self, op: Op, pointer: Cell, masks: Cell | None, other: Cell, level: int, lanes: str | None) -> Cell:
         type_, width = op.result.type, self.nest.width
         vector = lanes_type(type_.element, width)
-        half = f"_{type_.element}" if type_.element in HALF else ""
+        small = f"_{type_.element}" if type_.element in SMALL_FLOATS else ""
         addresses = self.vector(pointer, op.operands[0].type)
         mask_text = self.vector(masks, Type("i1")) if masks else f"~i32x{width}{{}}"
-        memory = "" if half else f", {pointee_type(op.operands[0].type)}"
+        memory = "" if small else f", {pointee_type(op.operands[0].type)}"
         text = (
-            f"gather{half}<{vector}{memory}>({addresses}, {mask_text}, {lanes or width}, {self.vector(other, type_)})"
+            f"gather{small}<{vector}{memory}>({addresses}, {mask_text}, {lanes or width}, {self.vector(other, type_)})"
         )
         if type_.element == "i1":
             text = f"-({text} & 1)"
@@ -135,12 +135,12 @@ def lanes_condition(lanes: str) -> str:
 
 
 def from_memory(element: str, text: str, width: int) -> str:
-    if element in HALF:
+    if element in SMALL_FLOATS:
         return f"from_{element}<{lanes_type(element, width)}>({text})"
     return f"({text} & 1) != 0" if element == "i1" and width == 1 else text
 
 
 def to_memory(element: str, text: str) -> str:
-    if element in HALF:
+    if element in SMALL_FLOATS:
         return f"to_{element}({text})"
     return f"{closed(text)} & 1" if element == "i1" else text

@@ -18,7 +18,8 @@ OP_NAME = re.compile(r'^"?([\w.]+)"?')
 DIVISIBILITY = re.compile(r"tt\.divisibility = (\d+)")
 OPERAND = re.compile(r"%[\w.$-]+(?:#\d+)?")
 TYPE = re.compile(
-    r"tensor<([\dx]*)(!tt\.ptr<([\w.]+)(?:, \d+)?>|[\w.]+)>|!tt\.ptr<([\w.]+)(?:, \d+)?>|\b(index|i\d+|bf16|f\d+)\b"
+    r"tensor<([\dx]*)(!tt\.ptr<([\w.]+)(?:, \d+)?>|[\w.]+)>|!tt\.ptr<([\w.]+)(?:, \d+)?>"
+    r"|\b(index|i\d+|bf16|f8E\w+|f\d+)\b"
 )
 C_KEYWORDS = frozenset(
     [

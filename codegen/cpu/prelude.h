@@ -65,6 +65,9 @@ template <typename V> static inline V ramp(Element<V> base, Element<V> stride) {
 // Masks are bool, or lanes of int32_t that are 0 or -1 whatever they select.
 template <typename M> static inline Like<M, int32_t> mask(M m) { return convert<Like<M, int32_t>>(m); }
 template <> inline int32_t mask<bool>(bool m) = delete;
+template <typename I, typename M> static inline I lanes_mask(M m) {  // as mask, and of a bool 0 or -1
+  if constexpr (Lanes<I>::count == 1) return -(I)m; else return convert<I>(m);
+}
 template <typename M> static inline M below(int32_t count) { return iota<M>() < splat<M>(count); }
 template <typename V> static inline V select(bool m, V a, V b) { return m ? a : b; }
 template <typename V, typename M> static inline V select(M m, V a, V b) {
@@ -156,25 +159,47 @@ template <typename F> static inline Like<F, uint16_t> to_f16(F x) {
   U normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
   U tiny = bits<U>(bits<F>(a) + 0.5f) - 0x3f000000;  // the adder rounds to 2^-24, fp16's last place there
   U h = a < U{} + 0x38800000 ? tiny : a >= U{} + 0x477ff000 ? U{} + 0x7c00 : normal;
-  return convert<Like<F, uint16_t>>(sign | (a > U{} + 0x7f800000 ? U{} + 0x7e00 : h));
+  U nan = 0x7e00 | (a >> 13 & 0x3ff);
+  return convert<Like<F, uint16_t>>(sign | (a > U{} + 0x7f800000 ? nan : h));
 }
-template <typename F> static inline F round_bf16(F x) { return from_bf16<F>(to_bf16(x)); }
-template <typename F> static inline F round_f16(F x) { return from_f16<F>(to_f16(x)); }
-#define HALF_MEMORY(KIND)                                                                                        \
-  template <typename V> static inline V load_##KIND(const uint16_t *p) {                                         \
-    return from_##KIND<V>(load<Like<V, uint16_t>>(p));                                                           \
+// double to float so that rounding once more, to fewer bits, is exact: what is lost makes the last bit odd.
+template <typename F, typename D> static inline F narrow_to_odd(D d) {
+  typedef Like<F, int32_t> I;
+  F f = convert<F>(d);
+  D back = convert<D>(f);
+  I beyond = lanes_mask<I>((back < 0 ? -back : back) > (d < 0 ? -d : d)), lost = lanes_mask<I>(back != d);
+  return bits<F>((bits<I>(f) + beyond) | (lost & 1));
+}
+template <typename F, typename D> static inline F truncate_f32(D d) {
+  typedef Like<F, int32_t> I;
+  F f = convert<F>(d);
+  D back = convert<D>(f);
+  return bits<F>(bits<I>(f) + lanes_mask<I>((back < 0 ? -back : back) > (d < 0 ? -d : d)));
+}
+
+// What every small float has, by its to_KIND and from_KIND: rounding of a float to its values, to nearest even or toward
+// zero, x being PREPAREd, and memory, where it is CODE.
+#define SMALL_FLOAT(KIND, CODE, PREPARE)                                                                               \
+  template <typename F> static inline F round_##KIND(F x) { return from_##KIND<F>(to_##KIND(PREPARE)); }         \
+  template <typename F> static inline F truncate_##KIND(F x) {                                                   \
+    typedef Like<F, CODE> C;                                                                                     \
+    C code = to_##KIND(PREPARE);                                                                                 \
+    F back = from_##KIND<F>(code);                                                                               \
+    return from_##KIND<F>(select((back < 0 ? -back : back) > (x < 0 ? -x : x), (C)(code - 1), code));            \
   }                                                                                                              \
-  template <typename V> static inline V load_##KIND##_n(const uint16_t *p, int32_t n, V other) {                 \
-    return from_##KIND<V>(load_n<Like<V, uint16_t>>(p, n, to_##KIND(other)));                                    \
+  template <typename V> static inline V load_##KIND(const CODE *p) {                                             \
+    return from_##KIND<V>(load<Like<V, CODE>>(p));                                                               \
   }                                                                                                              \
-  template <typename V> static inline V load_##KIND##_strided(const uint16_t *p, int64_t s, int32_t n, V other) { \
-    return from_##KIND<V>(load_strided<Like<V, uint16_t>>(p, s, n, to_##KIND(other)));                           \
+  template <typename V> static inline V load_##KIND##_n(const CODE *p, int32_t n, V other) {                     \
+    return from_##KIND<V>(load_n<Like<V, CODE>>(p, n, to_##KIND(other)));                                        \
+  }                                                                                                              \
+  template <typename V> static inline V load_##KIND##_strided(const CODE *p, int64_t s, int32_t n, V other) {    \
+    return from_##KIND<V>(load_strided<Like<V, CODE>>(p, s, n, to_##KIND(other)));                               \
   }                                                                                                              \
   template <typename V, typename A, typename M> static inline V gather_##KIND(A a, M m, int32_t n, V other) {    \
-    return from_##KIND<V>(gather<Like<V, uint16_t>, uint16_t>(a, m, n, to_##KIND(other)));                       \
+    return from_##KIND<V>(gather<Like<V, CODE>, CODE>(a, m, n, to_##KIND(other)));                               \
   }
-HALF_MEMORY(bf16) HALF_MEMORY(f16)
-#undef HALF_MEMORY
+SMALL_FLOAT(bf16, uint16_t, x) SMALL_FLOAT(f16, uint16_t, x)
 
 // Bytes that a tile may touch, to tell whether a store may change what a load still has to read.
 struct Span { const char *low, *high; };

@@ -1,6 +1,7 @@
 """How types, constants and elementwise operations are spelled in C++. Tables; nothing here chooses.
 
-A value of element f16 or bf16 is a float holding exactly that value; an i1 is a bool, or lanes of int32_t (0 or -1).
+A value of a small float type (f16, bf16, fp8) is a float holding exactly that value; an i1 is a bool, or lanes of
+int32_t (0 or -1).
 """
 
 import math
@@ -9,13 +10,16 @@ import struct
 from ...compiler.errors import UnsupportedKernel
 from .ir import Op, Type
 
-SCALAR = {"i1": "bool", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t", "index": "int64_t"}
-SCALAR |= {"f16": "float", "bf16": "float", "f32": "float", "f64": "double"}
-MEMORY = SCALAR | {"i1": "uint8_t", "f16": "uint16_t", "bf16": "uint16_t"}
-LANE = {"i1": "i32", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64", "ptr": "i64"}
-LANE |= {"f16": "f32", "bf16": "f32", "f32": "f32", "f64": "f64"}
 HALF = ("f16", "bf16")
-BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+FP8 = {"f8E4M3FN": (3, 7), "f8E5M2": (2, 15), "f8E4M3FNUZ": (3, 8), "f8E5M2FNUZ": (2, 16)}  # bits of mantissa, bias
+SMALL_FLOATS = (*HALF, *FP8)
+SCALAR = {"i1": "bool", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t", "index": "int64_t"}
+SCALAR |= {"f32": "float", "f64": "double"} | dict.fromkeys(SMALL_FLOATS, "float")
+MEMORY = SCALAR | {"i1": "uint8_t"} | dict.fromkeys(HALF, "uint16_t") | dict.fromkeys(FP8, "uint8_t")
+LANE = {"i1": "i32", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64", "ptr": "i64"}
+LANE |= {"f32": "f32", "f64": "f64"} | dict.fromkeys(SMALL_FLOATS, "f32")
+BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f32": 4, "f64": 8}
+BYTES |= dict.fromkeys(HALF, 2) | dict.fromkeys(FP8, 1)
 
 
 def unsupported(op: Op, why: str) -> UnsupportedKernel:
@@ -53,11 +57,29 @@ def parse_literal(text: str, element: str) -> int | float | bool:
         return int(text)
     if text.startswith("0x"):
         raw = int(text, 16)
+        if element in FP8:
+            return fp8_value(raw, element)
         if element == "bf16":
             return struct.unpack("<f", struct.pack("<I", raw << 16))[0]
         code = {"f16": ("<e", "<H"), "f32": ("<f", "<I"), "f64": ("<d", "<Q")}[element]
         return struct.unpack(code[0], struct.pack(code[1], raw))[0]
     return float(text)
+
+
+def fp8_value(code: int, element: str) -> float:
+    mantissa_bits, bias = FP8[element]
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent, mantissa = (code & 0x7F) >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
+    if element.endswith("FNUZ"):
+        if code == 0x80:
+            return math.nan
+    elif element == "f8E5M2" and exponent == 31:
+        return math.nan if mantissa else sign * math.inf
+    elif code & 0x7F == 0x7F:
+        return math.nan
+    if exponent == 0:
+        return sign * math.ldexp(mantissa, 1 - bias - mantissa_bits)
+    return sign * math.ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits)
 
 
 def literal(value: int | float | bool, element: str) -> str:
@@ -188,7 +210,7 @@ def cost(op: Op) -> int:
         return 30
     if (op.name.startswith("math.") and op.name in ARITHMETIC) or op.name == "tt.extern_elementwise":
         return 16
-    if op.name in CASTS and op.result.type.element in HALF:
+    if op.name in CASTS and op.result.type.element in SMALL_FLOATS:
         return 4
     return 1
 
@@ -241,7 +263,7 @@ def spell(op: Op, args: list[str], width: int) -> str:
 
 
 def rounded(text: str, element: str) -> str:
-    return f"round_{element}({text})" if element in HALF else text
+    return f"round_{element}({text})" if element in SMALL_FLOATS else text
 
 
 def spell_bool(op: Op, args: list[str]) -> str:
@@ -310,10 +332,11 @@ def spell_cast(op: Op, arg: str, width: int) -> str:
     if name in ("arith.bitcast", "tt.bitcast"):
         if source == target:
             return arg
-        if source in HALF:
-            return f"bits<{to}>(to_{source}({arg}))"
-        if target in HALF:
-            return f"from_{target}<{to}>(bits<{unsigned(wide)}>({arg}))"
+        code = f"to_{source}({arg})" if source in SMALL_FLOATS else f"bits<{unsigned(wide)}>({arg})"
+        if target in SMALL_FLOATS:
+            return f"from_{target}<{to}>({code})"
+        if source in SMALL_FLOATS:
+            return f"bits<{to}>({code})"
         if "i1" in (source, target):
             return spell_truncation(arg, width) if target == "i1" else f"convert<{to}>({arg} & 1)"
         return f"bits<{to}>({arg})"
@@ -335,14 +358,21 @@ def spell_cast(op: Op, arg: str, width: int) -> str:
         if name == "arith.fptoui":
             return f"bits<{to}>(to_integer<{unsigned(to)}>({arg}))"
         return f"to_integer<{to}>({arg})"
-    if name == "tt.fp_to_fp" and op.attrs.get("rounding") not in (None, "rtne"):
-        raise unsupported(op, f"with rounding {op.attrs['rounding']} is not supported")
-    text = arg if to == wide else f"convert<{to}>({arg})"
-    return (
-        rounded(text, target)
-        if source in ("f32", "f64", "i8", "i16", "i32", "i64") and target in HALF
-        else (rounded(text, target) if source in HALF and target in HALF and source != target else text)
-    )
+    return spell_float_cast(arg, source, target, width, op.attrs.get("rounding") == "rtz")
+
+
+def spell_float_cast(arg: str, source: str, target: str, width: int, toward_zero: bool) -> str:
+    """To a float type from a float or signed integer type, rounded once."""
+    to = lanes_type(target, width)
+    if target in SMALL_FLOATS and source == "f64":
+        arg = f"narrow_to_odd<{to}>({arg})"
+    elif to != lanes_type(source, width):
+        if toward_zero and target == "f32":
+            return f"truncate_f32<{to}>({arg})"
+        arg = f"convert<{to}>({arg})"
+    if source in SMALL_FLOATS and BYTES[target] > BYTES[source]:
+        return arg
+    return f"truncate_{target}({arg})" if toward_zero and target in SMALL_FLOATS else rounded(arg, target)
 
 
 def spell_truncation(arg: str, width: int) -> str:

@@ -23,7 +23,7 @@ OPTIONS = SimpleNamespace(
     debug=False,
     sanitize_overflow=False,
     enable_fp_fusion=True,
-    supported_fp8_dtypes=(),
+    supported_fp8_dtypes=("fp8e4nv", "fp8e5", "fp8e4b15", "fp8e4b8", "fp8e5b16"),
     deprecated_fp8_dot_operand_dtypes=(),
     default_dot_input_precision="ieee",
     allowed_dot_input_precisions=("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"),
@@ -65,7 +65,7 @@ def make_ttir(
 
 def codegen_functions() -> dict[str, Callable]:
     """What Triton's front end asks a target for."""
-    return {"min_dot_size": lambda lhs, rhs: (1, 1, 1), "convert_custom_types": refuse_custom_types}
+    return {"min_dot_size": lambda lhs, rhs: (1, 1, 1), "convert_custom_types": convert_fp8e4b15}
 
 
 def module_map() -> dict[str, ModuleType]:
@@ -96,8 +96,30 @@ def optimize(module, context) -> str:
     return str(module)
 
 
-def refuse_custom_types(*_args, **_kwargs):
-    raise UnsupportedKernel("fp8 conversions are not supported on CPU")
+def convert_fp8e4b15(value, to_type, _rounding=None, _semantic=None):
+    """To or from Triton's own 8-bit float, which Triton IR does not know: the arithmetic of Triton's PTX for it.
+
+    It is fp16 without the two top bits of the exponent and the seven last of the mantissa. Down: fp16 toward zero,
+    clamped to 1.75, then rounded half up.
+    """
+    import triton.language as tl
+
+    def op(x, name: str, y):
+        return getattr(x, name)(y, _semantic=_semantic)
+
+    def cast(x, dtype, **kwargs):
+        return x.to(dtype, _semantic=_semantic, **kwargs)
+
+    if value.dtype == tl.float8e4b15:
+        code = cast(cast(value, tl.uint8, bitcast=True), tl.uint16)
+        sign = op(op(code, "__and__", 0x80), "__lshift__", 8)
+        half = op(sign, "__or__", op(op(code, "__and__", 0x7F), "__lshift__", 7))
+        return cast(cast(half, tl.float16, bitcast=True), to_type.scalar)
+    half = value if value.dtype == tl.float16 else cast(value, tl.float16, fp_downcast_rounding="rtz")
+    code = cast(half, tl.uint16, bitcast=True)
+    size = tl.minimum(op(code, "__and__", 0x7FFF), 0x3F00, _semantic=_semantic)
+    rounded = op(op(op(size, "__lshift__", 1), "__add__", 0x80), "__or__", op(code, "__and__", 0x8000))
+    return cast(cast(op(rounded, "__rshift__", 8), tl.uint8), tl.float8e4b15, bitcast=True)
 
 
 @functools.lru_cache(maxsize=512)

@@ -1,0 +1,296 @@
+"""Conversions between all of Triton's types on the CPU target, against values enumerated in float64 and exact integers.
+
+Rules: to f16, bf16 and f32, IEEE (round to nearest even, or toward zero where asked). To fp8, the same and saturating,
+infinities too, as NVIDIA's cvt.satfinite; NaN stays NaN. Float to integer saturates and NaN gives 0, as NVIDIA's cvt.
+"""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from effc.codegen.cpu import launch, lower
+from effc.codegen.cpu.target import LANES, best_isa
+
+ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
+FP8 = {
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+}
+POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.uint16: "*u16", torch.uint32: "*u32", torch.uint64: "*u64", torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
+    torch.float8_e4m3fnuz: "*fp8e4b8", torch.float8_e5m2fnuz: "*fp8e5b16",
+}  # fmt: skip
+BLOCK = 256
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("EFFC_ISA", request.param)
+    return request.param
+
+
+def run(fn, *tensors, **constants):
+    """One program for each BLOCK elements of the first tensor; `fn` takes the tensors, then their length."""
+    names = [name for name in fn.arg_names if name not in (*constants, "n", "BLOCK")]
+    signature = {name: POINTERS[x.dtype] for name, x in zip(names, tensors, strict=True)} | {"n": "i32"}
+    n = tensors[0].numel()
+    launch(lower(fn, signature, constants | {"BLOCK": BLOCK}), (triton.cdiv(n, BLOCK),), *tensors, n)
+
+
+def codes(dtype: torch.dtype) -> torch.Tensor:
+    """Every bit pattern of a 1- or 2-byte type."""
+    size = dtype.itemsize * 8
+    return torch.arange(2**size).to(torch.uint8 if size == 8 else torch.uint16).view(dtype)
+
+
+def magnitudes(dtype: torch.dtype) -> np.ndarray:
+    """Finite values from 0 up, in the order of their codes, and for IEEE types what would follow the largest."""
+    values = codes(dtype)[: 2 ** (dtype.itemsize * 8 - 1)].double()
+    finite = values[values.isfinite()].numpy()
+    return np.append(finite, 2 * finite[-1] - finite[-2]) if dtype.itemsize == 2 else finite
+
+
+def nearest(x: np.ndarray, dtype: torch.dtype, toward_zero: bool = False) -> np.ndarray:
+    """x rounded to `dtype`, as float64: by looking its neighbours up. Ties go to even codes."""
+    table, size = magnitudes(dtype), np.abs(x)
+    if toward_zero:
+        code = np.searchsorted(table, size, side="right") - 1
+    else:
+        middle = (table[1:] + table[:-1]) / 2
+        code = np.searchsorted(middle, size, side="left")
+        tie = (code < len(middle)) & (size == middle[np.minimum(code, len(middle) - 1)])
+        code += tie & (code % 2 == 1)
+    value = table[np.clip(code, 0, len(table) - 1)]
+    if dtype.itemsize == 2:
+        beyond = table[-2] if toward_zero else np.inf
+        value = np.where(np.isinf(size), np.inf, np.where(code >= len(table) - 1, beyond, value))
+    return np.where(np.isnan(x), np.nan, np.copysign(value, x))
+
+
+def samples(seed: int) -> np.ndarray:
+    """Every value of the small types, every midpoint between two, both with neighbours in float64, and noise."""
+    print(f"seed {seed}")
+    table = np.concatenate([magnitudes(dtype)[:40000:7] for dtype in (torch.float16, torch.bfloat16)])
+    table = np.concatenate([table, *(magnitudes(dtype) for dtype in FP8.values())])
+    middles = [(m[1:] + m[:-1])[:40000:5] / 2 for m in map(magnitudes, (torch.float16, torch.bfloat16, *FP8.values()))]
+    exact = np.concatenate([table, *middles])
+    noise = np.random.default_rng(seed)
+    noise = noise.standard_normal(4000) * 2.0 ** noise.uniform(-150, 140, 4000)
+    special = [0.0, np.inf, np.nan, 1e-46, 3.4028235e38, 3.5e38, 1e300, 5e-324]
+    x = np.concatenate([exact, np.nextafter(exact, np.inf), np.nextafter(exact, 0), noise, special])
+    return np.concatenate([x, -x])
+
+
+def assert_same(got: torch.Tensor, want: np.ndarray, what: str) -> None:
+    got, want = got.double().numpy(), np.asarray(want)
+    wrong = ~((got == want) & (np.signbit(got) == np.signbit(want)) | (np.isnan(got) & np.isnan(want)))
+    assert not wrong.any(), f"{what}: {wrong.sum()} differ, first {got[wrong][0]!r}, not {want[wrong][0]!r}"
+
+
+@triton.jit
+def round_kernel(x_ptr, h, b, f, hz, bz, fz, p, q, r, s, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    x = tl.load(x_ptr + i, mask=mask)
+    tl.store(h + i, x.to(tl.float16), mask=mask)
+    tl.store(b + i, x.to(tl.bfloat16), mask=mask)
+    tl.store(f + i, x.to(tl.float32), mask=mask)
+    tl.store(hz + i, x.to(tl.float16, fp_downcast_rounding="rtz"), mask=mask)
+    tl.store(bz + i, x.to(tl.bfloat16, fp_downcast_rounding="rtz"), mask=mask)
+    if x_ptr.dtype.element_ty == tl.float64:
+        tl.store(fz + i, x.to(tl.float32, fp_downcast_rounding="rtz"), mask=mask)
+    tl.store(p + i, x.to(tl.float8e4nv), mask=mask)
+    tl.store(q + i, x.to(tl.float8e5), mask=mask)
+    tl.store(r + i, x.to(tl.float8e4b8), mask=mask)
+    tl.store(s + i, x.to(tl.float8e5b16), mask=mask)
+
+
+@pytest.mark.parametrize("source", [torch.float64, torch.float32], ids=str)
+def test_rounding_to_every_smaller_float(source, isa):
+    x = torch.from_numpy(samples(0)).to(source)
+    types = [torch.float16, torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float32, *FP8.values()]
+    outs = [torch.zeros(len(x), dtype=dtype) for dtype in types]
+    run(round_kernel, x, *outs)
+    exact = x.double().numpy()
+    for k, (dtype, out) in enumerate(zip(types, outs, strict=True)):
+        if k == 2:
+            assert_same(out, x.float(), "float32")
+        elif k == 5:
+            with np.errstate(over="ignore"):
+                near = exact.astype(np.float32)
+            toward_zero = np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+            if source == torch.float64:
+                assert_same(out, toward_zero, "float32 toward zero")
+        else:
+            want = nearest(exact, dtype, toward_zero=k in (3, 4))
+            if dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
+                want = want + 0.0  # no -0
+            assert_same(out, want, f"{source} to {dtype}, {'toward zero' if k in (3, 4) else 'nearest'}")
+
+
+@triton.jit
+def widen_kernel(x_ptr, f, d, h, code, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    x = tl.load(x_ptr + i, mask=mask)
+    tl.store(f + i, x.to(tl.float32), mask=mask)
+    tl.store(d + i, x.to(tl.float64), mask=mask)
+    if code.dtype.element_ty == tl.uint8:
+        tl.store(h + i, x.to(tl.float16), mask=mask)
+        tl.store(code + i, x.to(tl.uint8, bitcast=True), mask=mask)
+    else:
+        tl.store(h + i, x.to(tl.float32).to(tl.float16), mask=mask)
+        tl.store(code + i, x.to(tl.uint16, bitcast=True), mask=mask)
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, *FP8.values()], ids=str)
+def test_every_value_of_a_small_float_is_exact_when_widened(source, isa):
+    x = codes(source)
+    bits = torch.uint8 if source.itemsize == 1 else torch.uint16
+    f, d, h = torch.zeros(len(x)), torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float16)
+    code = torch.zeros(len(x), dtype=bits)
+    run(widen_kernel, x, f, d, h, code)
+    want = x.double().numpy()
+    assert_same(f, want, "float32")
+    assert_same(d, want, "float64")
+    assert_same(h, nearest(want, torch.float16), "float16")
+    number = ~x.float().isnan()
+    assert torch.equal(code[number], x.view(bits)[number])
+    assert torch.equal(code.view(source).float().isnan(), ~number)
+
+
+@triton.jit
+def e4b15_kernel(code_ptr, value_ptr, half_ptr, again_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(code_ptr + i, mask=i < n).to(tl.float8e4b15, bitcast=True)
+    tl.store(value_ptr + i, x.to(tl.float32), mask=i < n)
+    half = tl.load(half_ptr + i, mask=i < n)
+    tl.store(again_ptr + i, half.to(tl.float8e4b15).to(tl.uint8, bitcast=True), mask=i < n)
+
+
+def test_fp8e4b15_is_the_middle_of_fp16(isa):
+    code, half = torch.arange(2**16).to(torch.uint8), codes(torch.float16)
+    value, again = torch.zeros(2**16), torch.zeros(2**16, dtype=torch.uint8)
+    run(e4b15_kernel, code, value, half, again)
+    wide = code.numpy().astype(np.uint16)
+    assert_same(value, ((wide & 0x80) << 8 | (wide & 0x7F) << 7).view(np.float16), "value")
+    bits = half.view(torch.uint16).numpy()
+    want = (np.minimum(bits & 0x7FFF, 0x3F00) * 2 + 0x80 | bits & 0x8000) >> 8
+    assert np.array_equal(again.numpy(), want.astype(np.uint8))
+
+
+@triton.jit
+def to_integers_kernel(x_ptr, a, b, c, d, e, f, g, h, t, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    x = tl.load(x_ptr + i, mask=mask)
+    tl.store(a + i, x.to(tl.int8), mask=mask)
+    tl.store(b + i, x.to(tl.int16), mask=mask)
+    tl.store(c + i, x.to(tl.int32), mask=mask)
+    tl.store(d + i, x.to(tl.int64), mask=mask)
+    tl.store(e + i, x.to(tl.uint8), mask=mask)
+    tl.store(f + i, x.to(tl.uint16), mask=mask)
+    tl.store(g + i, x.to(tl.uint32), mask=mask)
+    tl.store(h + i, x.to(tl.uint64), mask=mask)
+    tl.store(t + i, x.to(tl.int1), mask=mask)
+
+
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
+def limits(dtype: torch.dtype) -> tuple[int, int]:
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_float_to_integer_truncates_and_saturates(source, isa):
+    edges = [
+        float(s * 2.0**k + d) for k in (7, 8, 15, 16, 31, 32, 63, 64) for s in (1, -1) for d in (-1, -0.5, 0, 0.5, 1)
+    ]
+    noise = np.random.default_rng(1)
+    noise = noise.standard_normal(400) * 2.0 ** noise.uniform(-3, 70, 400)
+    print("seed 1")
+    values = [*edges, *noise, 0.0, -0.0, 0.5, -0.99, np.inf, -np.inf, np.nan, 1e300, -1e300]
+    x = torch.tensor(values, dtype=torch.float64).to(source)
+    outs = [torch.zeros(len(x), dtype=dtype) for dtype in (*INTEGERS, torch.bool)]
+    run(to_integers_kernel, x, *outs)
+    exact = x.double().tolist()
+    for dtype, out in zip(INTEGERS, outs, strict=False):
+        low, high = limits(dtype)
+        want = [0 if v != v else low if v < low else high if v > high else int(v) for v in exact]
+        assert out.tolist() == want, dtype
+    assert outs[-1].tolist() == [v != 0 for v in exact]
+
+
+@triton.jit
+def from_integers_kernel(x_ptr, h, b, f, d, a, c, e, g, t, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n
+    x = tl.load(x_ptr + i, mask=mask)
+    tl.store(h + i, x.to(tl.float16), mask=mask)
+    tl.store(b + i, x.to(tl.bfloat16), mask=mask)
+    tl.store(f + i, x.to(tl.float32), mask=mask)
+    tl.store(d + i, x.to(tl.float64), mask=mask)
+    tl.store(a + i, x.to(tl.int8), mask=mask)
+    tl.store(c + i, x.to(tl.uint16), mask=mask)
+    tl.store(e + i, x.to(tl.int32), mask=mask)
+    tl.store(g + i, x.to(tl.uint64), mask=mask)
+    tl.store(t + i, x.to(tl.int1), mask=mask)
+
+
+@pytest.mark.parametrize("source", [*INTEGERS, torch.bool], ids=str)
+def test_integer_to_float_rounds_once_and_to_integer_wraps(source, isa):
+    noise = np.random.default_rng(2)
+    print("seed 2")
+    numbers = [
+        int(bits) >> int(k)
+        for bits, k in zip(noise.integers(2**64, size=600, dtype=np.uint64), noise.integers(64, size=600))
+    ]
+    numbers += [2**k + d for k in range(65) for d in (-1, 0, 1)] + [
+        2**24 + 1,
+        2**24 + 3,
+        2**53 + 1,
+        2**63 + 2**39,
+        2**63 + 2**39 + 1,
+    ]
+    low, high = (0, 1) if source == torch.bool else limits(source)
+    span = high - low + 1
+    numbers = [(v - low) % span + low for s in (1, -1) for v in (s * w for w in numbers)]
+    x = torch.tensor(numbers, dtype=source)
+    types = [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int8,
+        torch.uint16,
+        torch.int32,
+        torch.uint64,
+    ]
+    outs = [torch.zeros(len(x), dtype=dtype) for dtype in (*types, torch.bool)]
+    run(from_integers_kernel, x, *outs)
+    single = np.array([float32_of(v) for v in numbers])
+    assert_same(outs[0], nearest(single, torch.float16), "float16")  # through float32, as on a GPU
+    assert_same(outs[1], nearest(single, torch.bfloat16), "bfloat16")
+    assert_same(outs[2], single, "float32")
+    assert_same(outs[3], np.array([float(v) for v in numbers]), "float64")
+    for dtype, out in zip(types[4:], outs[4:], strict=False):
+        low, high = limits(dtype)
+        assert out.tolist() == [(v - low) % (high - low + 1) + low for v in numbers], dtype
+    assert outs[-1].tolist() == [v != 0 for v in numbers]
+
+
+def float32_of(number: int) -> float:
+    """The float32 nearest to an integer, ties to even, in integer arithmetic."""
+    size = abs(number)
+    drop = max(size.bit_length() - 24, 0)
+    kept, rest = size >> drop, size & ((1 << drop) - 1)
+    kept += 2 * rest > 1 << drop or (2 * rest == 1 << drop and kept & 1) if drop else 0
+    return float(np.copysign(kept << drop, number))
