@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy
 import torch
-from effc.codegen.cpu import PRELUDE, CppKernel, build_library, host_target, lower
+from effc.codegen.cpu import CppKernel, build_library, host_target, lower, with_prelude
 from effc.codegen.emit import StepPrinter, run_buffers
 from effc.codegen.kernel import Buffer, Kernel, Launch, Pointer, Schedule
 from effc.codegen.memory import plan_memory
@@ -114,7 +114,7 @@ class Step:
         kernels = {call.kernel.symbol: call for call in calls}
         lowered = {symbol: call.lowered() for symbol, call in kernels.items()}
         steps = StepPrinter(schedule, plan_memory(schedule), lowered, {}).functions()
-        self.source = "\n\n".join([PRELUDE, *(kernel.cpp for kernel in lowered.values()), steps])
+        self.source = with_prelude("\n\n".join([*(kernel.cpp for kernel in lowered.values()), steps]))
         self.library = build_library(self.source, host_target(), cache_folder())
         self.function = ctypes.CDLL(str(self.library)).run_0
         self.function.restype = None

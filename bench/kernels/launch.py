@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from effc.codegen.cpu import PRELUDE, build_library, host_target
+from effc.codegen.cpu import build_library, host_target, with_prelude
 
 from . import attention, elementwise
 from .case import Call, Case, Goal, Step, call, random
@@ -76,7 +76,7 @@ def compile_ten() -> Case:
         kernels = [call.lowered() for call in ten_kernels()]
         anchors = "\n".join(f"extern void* const use_{k.name} = (void*)&{k.name};" for k in kernels)
         with tempfile.TemporaryDirectory(prefix="effc-bench-") as cache:
-            build_library("\n".join([PRELUDE, *(k.cpp for k in kernels), anchors]), host_target(), Path(cache))
+            build_library(with_prelude("\n".join([*(k.cpp for k in kernels), anchors])), host_target(), Path(cache))
         return cpu_seconds() - start
 
     return Case(
