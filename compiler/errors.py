@@ -25,6 +25,10 @@ class UnsupportedKernel(EffcError):
     """A Triton kernel uses an operation that the CPU target does not implement."""
 
 
+class KernelFailed(EffcError, AssertionError):
+    """A kernel stopped while it ran: a device_assert did not hold. The memory it writes is in an unknown state."""
+
+
 def one_line(error: BaseException) -> str:
     """What another library says, fit to stand inside one of our lines."""
     text = " ".join(str(error).split()) or type(error).__name__

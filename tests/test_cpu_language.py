@@ -16,6 +16,9 @@ RUNS = {
     "test_cpu_target.py::test_elementwise_functions_are_within_2_ulp": """
         abs ceil clamp cos erf exp exp2 floor fma log log2 maximum minimum rsqrt sigmoid sin sqrt""",
     "test_cpu_types.py::test_rounding_to_every_smaller_float": "cast",
+    "test_cpu_report.py::test_device_print_writes_a_line_for_each_element": "device_print static_print",
+    "test_cpu_report.py::test_a_failed_device_assert_raises_with_its_line": "device_assert",
+    "test_cpu_report.py::test_static_assert_refuses_to_compile_and_static_range_unrolls": "static_assert static_range",
     "test_cpu_target.py::test_reductions": "argmax argmin max min sum xor_sum",
     "test_cpu_target.py::test_scans": "cumsum",
     "test_cpu_target.py::test_reshape_split_join_trans_gather_flip_sort": """
@@ -28,7 +31,7 @@ RUNS = {
 }
 OPEN = {  # rows to fill: every name here wants a test, or a reason
     "elementwise": """
-        add div_rn fdiv mul sqrt_rn sub umulhi static_assert static_print static_range device_assert device_print
+        add div_rn fdiv mul sqrt_rn sub umulhi
         pair_uniform_to_normal philox philox_impl rand rand4x randint randint4x randn randn4x uint_to_uniform_float
         inline_asm_elementwise map_elementwise zeros_like softmax""",
     "structure": """

@@ -13,7 +13,7 @@ from .target import CpuTarget
 
 FOLDER = Path(__file__).parent
 PRELUDE: str = (FOLDER / "prelude.h").read_text() + (FOLDER / "math.h").read_text()
-RARE_HEADERS = {"f8E": "fp8.h"}  # by what C++ that needs them says
+RARE_HEADERS = {"f8E": "fp8.h", "report::": "report.h"}  # by what C++ that needs them says
 NO_SPACE = os.strerror(errno.ENOSPC)
 
 

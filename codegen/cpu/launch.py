@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...compiler.errors import InputError, ToolchainError
+from ...compiler.errors import InputError, KernelFailed, ToolchainError
 from .build import build_library, with_prelude
 from .emit import KernelPrinter
 from .parse import parse_module
@@ -97,18 +97,31 @@ def struct_code(c_type: str) -> str:
 def load_launcher(cpp: str, target: CpuTarget, cache_dir: Path) -> Callable[[bytes], None]:
     """The `launch` of C++ text (without a prelude), built where it is not in the cache: takes what `packer` packs.
 
-    Other Python threads run meanwhile.
+    Other Python threads run meanwhile. Raises KernelFailed after a launch in which a device_assert failed.
     """
     library = build_library(with_prelude(cpp), target, cache_dir)
     try:
-        function = ctypes.CDLL(str(library)).launch
+        loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise ToolchainError(
             f"cannot load {library} ({error}): remove it, and set EFFC_CXX to g++ or clang++"
         ) from None
+    function = loaded.launch
     function.restype = None
     function.argtypes = [ctypes.c_char_p]
-    return function
+    return raising(function, loaded.take_failure) if "report::" in cpp else function
+
+
+def raising(function: Callable[[bytes], None], take_failure) -> Callable[[bytes], None]:
+    """`function`, raising what a kernel reports as a failure."""
+    take_failure.restype = ctypes.c_char_p
+
+    def launch_and_ask(packed: bytes) -> None:
+        function(packed)
+        if (failure := take_failure()) is not None:
+            raise KernelFailed(failure.decode(errors="replace"))
+
+    return launch_and_ask
 
 
 def cache_folder() -> Path:

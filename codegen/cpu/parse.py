@@ -13,6 +13,7 @@ from .normalize import normalize
 
 LOCATION_LINE = re.compile(r"^(#loc\w*) = loc\((.*)\)$")
 FILE_LOCATION = re.compile(r'"([^"]+)":(\d+):\d+')
+STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 RESULTS = re.compile(r"^((?:%[\w#.$-]+(?::\d+)?(?:, )?)+) = ")
 OP_NAME = re.compile(r'^"?([\w.]+)"?')
 DIVISIBILITY = re.compile(r"tt\.divisibility = (\d+)")
@@ -293,7 +294,10 @@ class Parser:
         if op.name == "arith.constant":
             op.attrs["value"], op.attrs["types"] = parse_constant(body)
             return
-        colon = body.rfind(" : ") if op.name not in ("tt.print", "cf.assert") else body.find(" : ")
+        if op.name in ("tt.print", "tt.assert"):
+            written = STRING.search(body)
+            op.attrs["text"], body = unescape(written[1]), body[: written.start()] + body[written.end() :]
+        colon = body.rfind(" : ")
         while colon > 0 and body[:colon].count("{") != body[:colon].count("}"):
             colon = body.rfind(" : ", 0, colon)
         head, tail = (body[:colon], body[colon + 3 :]) if colon >= 0 else (body, "")
@@ -301,16 +305,22 @@ class Parser:
         op.operands = [self.lookup(name) for name in OPERAND.findall(plain_head)]
         op.attrs["words"] = re.findall(r"[A-Za-z_]\w*", OPERAND.sub("", plain_head))
         if braces := re.search(r"\{(.*)\}", head):
-            for key, value in re.findall(r"([\w.]+) = (array<i\d+: [^>]*>|\"[^\"]*\"|[-\w.]+)", braces[1]):
+            for key, value in re.findall(r"([\w.]+) = (array<i\d+(?:: [^>]*)?>|\"[^\"]*\"|[-\w.]+)", braces[1]):
                 op.attrs[key] = parse_attribute(value)
         for key, value in re.findall(r"\b(\w+) = ([\w]+)", plain_head):
             op.attrs[key] = value
         op.attrs["types"] = result_types(op, tail)
 
 
+def unescape(text: str) -> str:
+    """What a string of MLIR's printer stands for: bytes of UTF-8, some as two hex digits."""
+    plain = re.sub(rb"\\([0-9A-F]{2}|\\)", lambda m: b"\\" if m[1] == b"\\" else bytes([int(m[1], 16)]), text.encode())
+    return plain.decode(errors="replace")
+
+
 def parse_attribute(text: str) -> object:
     if text.startswith("array<"):
-        inside = text[text.index(":") + 1 : -1].strip()
+        inside = text[:-1].partition(":")[2].strip()
         return tuple(int(item) for item in inside.split(",")) if inside else ()
     if text.startswith('"'):
         return text[1:-1]

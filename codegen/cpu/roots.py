@@ -13,10 +13,11 @@ from .ir import Op, Type, Value
 from .nest import Nest, indented
 from .plan import is_lazy
 from .reduce import ReducePrinter
+from .report import ReportPrinter
 from .spelling import BYTES, lanes_type, pointee_type, unsupported
 
 
-class RootPrinter(ReducePrinter, DotPrinter, Clipper):
+class RootPrinter(ReducePrinter, DotPrinter, ReportPrinter, Clipper):
     """Prints roots of one kernel through `kernel.emit`."""
 
     def __init__(self, kernel):
@@ -368,6 +369,8 @@ class RootPrinter(ReducePrinter, DotPrinter, Clipper):
         "tt.reduce": ReducePrinter.reduce,
         "tt.scan": ReducePrinter.scan,
         "tt.dot": DotPrinter.dot,
+        "tt.print": ReportPrinter.device_print,
+        "tt.assert": ReportPrinter.device_assert,
     }
 
 

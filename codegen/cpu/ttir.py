@@ -56,7 +56,7 @@ def make_ttir(
     context = ir.context()
     ir.load_dialects(context)
     try:
-        module = source.make_ir(GPUTarget("cpu", 0, 1), OPTIONS, codegen_functions(), module_map(), context)
+        module = source.make_ir(GPUTarget("cpu", 0, 1), options_for(fn), codegen_functions(), module_map(), context)
     except CompilationError as error:
         reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
         raise UnsupportedKernel(f"kernel {fn.__name__}: Triton's front end refuses it: {reason}") from error
@@ -94,6 +94,15 @@ def optimize(module, context) -> str:
     passes.common.add_symbol_dce(manager)
     manager.run(module, "make_ttir")
     return str(module)
+
+
+def options_for(fn) -> SimpleNamespace:
+    """What Triton's front end asks a target. Assertions and overflow checks are on as they are on a GPU: where the
+    kernel says debug=True, or TRITON_DEBUG is set."""
+    from triton import knobs
+
+    debug = bool(getattr(fn, "debug", False) or knobs.runtime.debug)
+    return SimpleNamespace(**vars(OPTIONS) | {"debug": debug, "sanitize_overflow": debug})
 
 
 def convert_fp8e4b15(value, to_type, _rounding=None, _semantic=None):
