@@ -152,13 +152,14 @@ def row(case: Case, turns: int) -> dict[str, Any]:
     if case.measure is not None:
         ours, theirs = Times("effc", 1, [case.measure()]), []
     else:
-        functions = {"effc": case.effc, **case.baselines}
-        ours, *theirs = take_turns(functions, turns)
+        ours, *theirs = take_turns({"effc": case.effc, **case.baselines, **case.aside}, turns)
+    entries = [asdict(t) | {"median": t.median / case.per, "spread": t.spread} for t in theirs]
     found = {
         "kernel": case.kernel,
         "shape": case.shape,
         "effc": asdict(ours) | {"median": ours.median / case.per, "spread": ours.spread},
-        "baselines": [asdict(t) | {"median": t.median / case.per, "spread": t.spread} for t in theirs],
+        "baselines": entries[: len(case.baselines)],
+        "aside": entries[len(case.baselines) :],
         "goal": asdict(case.goal) if case.goal else None,
         "moved": case.moved,
         "flops": case.flops,
@@ -259,6 +260,8 @@ def markdown(result: dict[str, Any]) -> str:
             "| kernel | shape | effc | PyTorch | its way | ratio | goal | GB/s | GFLOP/s | error | eager's |",
             "|---|---|--:|--:|---|--:|---|--:|--:|--:|--:|",
             *(table_row(found, bandwidth) for found in measured["rows"]),
+            "",
+            *(note for found in measured["rows"] for note in table_notes(found)),
         ]
     return "\n".join(lines)
 
@@ -282,6 +285,13 @@ def table_row(found: dict[str, Any], bandwidth: float) -> str:
         *(f"{found[key]:.1e}" if key in found else "" for key in ("error", "eager_error")),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def table_notes(found: dict[str, Any]) -> list[str]:
+    """Lines below the table."""
+    texts = [found["notes"]] if found["notes"] else []
+    texts += [f"{times['name']}: {clock(times['median'])} ({times['spread']:.0%})" for times in found["aside"]]
+    return [f"- {found['kernel']}, {found['shape']}: {text}" for text in texts]
 
 
 def say(what: str) -> None:

@@ -1,6 +1,6 @@
 """A schedule as native code: one C++ function per run of launches, with one parallel region over all of them.
 
-    for each launch:  threads take programs of its grid, one at a time, until all are done
+    for each launch:  threads take shares of its grid, one at a time, until all programs are done
 
 Sizes, offsets and grids are computed by the function itself from the runtime sizes, so a call passes only
 pointers and sizes. An op without a kernel ends a function; the next one starts behind it.
@@ -34,25 +34,33 @@ C_TYPES: dict[torch.dtype, str] = {
 
 
 EXPORT = 'extern "C" __attribute__((visibility("default")))'
-TEAM = """// The threads of a step take the programs of a launch one at a time and go on once all are done: a thread
-// that lost its core holds nobody up unless it took a program with it. Who waits for long gives its core away.
+TEAM = """// The threads of a step take the programs of a launch in shares and go on once all are done: a thread that
+// lost its core holds nobody up unless it took a share with it. Who waits for long gives its core away.
 extern "C" int sched_yield(void);
 
 struct Launch {
-  alignas(64) int64_t next;
-  int64_t done;
+  alignas(128) uint64_t state;  // shares taken; shares done, in the upper half: one line to pass between cores
 };
 
-static inline int64_t take(Launch& launch) { return __atomic_fetch_add(&launch.next, 1, __ATOMIC_RELAXED); }
+// Reports shares as done and takes the next one: its number. There are few, so the lower half never overflows.
+static inline int64_t take(Launch& launch, uint64_t done) {
+  return (uint32_t)__atomic_fetch_add(&launch.state, done << 32 | 1, __ATOMIC_ACQ_REL);
+}
 
-static inline void finish(Launch& launch, int64_t mine, int64_t all) {
-  if (mine) __atomic_fetch_add(&launch.done, mine, __ATOMIC_ACQ_REL);
-  for (int spins = 0; __atomic_load_n(&launch.done, __ATOMIC_ACQUIRE) < all; ++spins) {
+static inline void wait_for(Launch& launch, int64_t shares) {
+  for (int spins = 0; (int64_t)(__atomic_load_n(&launch.state, __ATOMIC_ACQUIRE) >> 32) < shares; ++spins) {
 #if defined(__x86_64__)
     if (spins < 2048) { __builtin_ia32_pause(); continue; }
 #endif
     sched_yield();
   }
+}
+
+// A share is 2^bits programs: 16 to 32 shares a thread where there are enough, so that the last ones end together.
+static inline int share_bits(int64_t programs, int threads) {
+  int bits = 0;
+  while (programs >> bits > 32 * threads) ++bits;
+  return bits;
 }
 """
 """What the step functions share."""
@@ -151,11 +159,13 @@ class StepPrinter:
         grid = [self.size(extent) for extent in launch.grid]
         yield f"{indent}{{  // {', '.join(launch.nodes)}"
         yield f"{indent}  const int64_t nx = {grid[0]}, ny = {grid[1]}, nz = {grid[2]}, all = nx * ny * nz;"
-        yield f"{indent}  int64_t mine = 0;"
-        yield f"{indent}  for (int64_t i; (i = take(launches[{position}])) < all; ++mine)"
+        yield f"{indent}  const int bits = share_bits(all, threads);"
+        yield f"{indent}  const int64_t shares = (all + (INT64_C(1) << bits) - 1) >> bits;"
+        yield f"{indent}  for (int64_t share, done = 0; (share = take(launches[{position}], done)) < shares; done = 1)"
+        yield f"{indent}    for (int64_t i = share << bits; i < all && i >> bits == share; ++i)"
         place = "i % nx, i / nx % ny, i / (nx * ny), nx, ny, nz"
-        yield f"{indent}    {launch.kernel.symbol}({self.arguments(launch)}, {place});"
-        yield f"{indent}  finish(launches[{position}], mine, all);"
+        yield f"{indent}      {launch.kernel.symbol}({self.arguments(launch)}, {place});"
+        yield f"{indent}  wait_for(launches[{position}], shares);"
         if self.timed:
             yield f"{indent}  stamp({self.all_launches.index(launch)});"
         yield f"{indent}}}"

@@ -157,6 +157,10 @@ def test_elementwise_functions_are_within_2_ulp(op, isa):
     finite = rounded.isfinite()
     if op == "sigmoid":  # Triton's 1 / (1 + exp(-x)) gives 0 where exp overflows
         finite &= x > -88
+    if op in ("exp", "exp2"):  # results below the normal numbers may be 0
+        tiny = want < 2.0**-126
+        assert (out[tiny] <= 2.0**-126).all()
+        finite &= ~tiny
     bound = 3.0 if op == "sigmoid" else 2.0
     worst = ulps(out, want)[finite]
     assert worst.max() <= bound, (

@@ -45,9 +45,10 @@ class Goal:
 class Case:
     """One row. Functions take nothing and return what they computed (a tensor), or None.
 
-    baselines: the same work by others, by name; the fastest one counts. exact: the result in fp64, for the receipt
-    beside the first baseline. moved, flops: bytes and multiply-adds (as two) of one call. per: launches in one call.
-    measure: replaces timing by seconds of its own. notes: what a reader has to know.
+    baselines: the same work by others, by name; the fastest one counts. aside: ways that are shown and do not count.
+    exact: the result in fp64, for the receipt beside the first baseline. moved, flops: bytes and multiply-adds (as two)
+    of one call. per: launches in one call. measure: replaces timing by seconds of its own. notes: what a reader has to
+    know.
     """
 
     kernel: str
@@ -61,6 +62,7 @@ class Case:
     per: int = 1
     measure: Callable[[], float] | None = None
     notes: str = ""
+    aside: dict[str, Function] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
