@@ -3,28 +3,33 @@
 import ctypes
 import mmap
 import multiprocessing
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from effc.codegen.cpu import CpuTarget, host_target
 from effc.codegen.cpu.dot import DotCode, Operand, emit_dot
+from effc.codegen.cpu.target import available_isas, machine_flags
 
-FLAGS = {16: "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl", 8: "-mavx2 -mfma -mf16c", 4: ""}
-C_TYPES = {"fp32": "float", "bf16": "uint16_t", "fp16": "uint16_t", "i8": "int8_t"}
+WIDENED = "bf16 in fp32"  # stored as fp32, in elements that a bf16 holds exactly
+C_TYPES = {"fp32": "float", WIDENED: "float", "bf16": "uint16_t", "fp16": "uint16_t", "i8": "int8_t"}
 LAYOUTS = ("row", "column", "strided")  # contiguous along the second dimension, along the first, along neither
-SHAPES = [(64, 64, 64), (16, 32, 128), (4, 16, 64), (1, 128, 16), (8, 8, 32), (32, 4, 16), (2, 2, 4), (16, 1, 1)]
-
-
-def host_lanes() -> list[int]:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return [n for n in FLAGS if all(flag[2:] in found for flag in FLAGS[n].split())]
+SHAPES = {
+    ("fp32", "fp32"): [(64, 64, 64), (4, 16, 64), (1, 128, 16), (8, 8, 32), (16, 1, 1)],
+    ("i8", "i8"): [(64, 64, 64), (16, 32, 128), (4, 16, 64), (8, 8, 32), (2, 2, 2)],
+    ("bf16", "bf16"): [(64, 64, 64), (16, 32, 128), (4, 16, 64), (2, 2, 2)],
+    (WIDENED, "bf16"): [(16, 32, 128)],
+    ("bf16", WIDENED): [(4, 16, 64)],
+    ("fp32", "bf16"): [(16, 32, 128), (2, 2, 4)],
+    ("fp16", "fp16"): [(16, 32, 128)],
+}
 
 
 def storage(values: np.ndarray, dtype: str) -> np.ndarray:
     """Round float64 values to `dtype`, in the type that C sees (bits for the 16-bit floats)."""
+    if dtype == WIDENED:
+        return (values.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
     if dtype == "bf16":
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     if dtype == "fp16":
@@ -43,42 +48,42 @@ def strides(shape: tuple[int, int], layout: str) -> tuple[int, int]:
     return {"row": (cols + 3, 1), "column": (1, rows + 5), "strided": (2 * cols + 1, 2), "pages": (4096, 1)}[layout]
 
 
+def operand(pointer: str, tile: tuple[int, int], layout: str, dtype: str) -> Operand:
+    row, column = map(str, strides(tile, layout))
+    return Operand(pointer, row, column, *(("fp32", "bf16") if dtype == WIDENED else (dtype,)))
+
+
 def function(name: str, shape: tuple[int, int, int], dtypes: tuple[str, str], layouts: tuple[str, str], lanes: int):
     """C++ of `name(a, b, acc, rows, cols, depth)` around one dot."""
     bm, bn, bk = shape
-    operands = [
-        Operand(pointer, *map(str, strides(tile, layout)), dtype)
-        for pointer, tile, layout, dtype in zip("ab", [(bm, bk), (bk, bn)], layouts, dtypes)
-    ]
-    dot = emit_dot(*operands, "acc", shape, lanes=lanes, rows="rows", cols="cols", depth="depth", indent="  ")
+    a, b = map(operand, "ab", [(bm, bk), (bk, bn)], layouts, dtypes)
+    dot = emit_dot(a, b, "acc", shape, lanes=lanes, rows="rows", cols="cols", depth="depth", indent="  ")
     a_type, b_type = (C_TYPES[dtype] for dtype in dtypes)
     acc_type = "int32_t" if dtypes[0] == "i8" else "float"
     arguments = f"const {a_type} *a, const {b_type} *b, {acc_type} *acc, int rows, int cols, int depth"
     return dot, "\n".join([f'extern "C" void {name}({arguments}) {{', *dot.body, "}"])
 
 
-@pytest.fixture(scope="module", params=host_lanes())
+@pytest.fixture(scope="module", params=available_isas())
 def library(request, tmp_path_factory):
     """Every case of the sweep compiled into one library: (lanes, {case: C function})."""
-    lanes = request.param
-    pairs = [("fp32", "fp32"), ("fp32", "bf16"), ("fp16", "fp16"), ("i8", "i8")]
-    cases = [(shape, dtypes, (x, y)) for shape in SHAPES for dtypes in pairs for x in LAYOUTS for y in LAYOUTS]
-    kept = [case for n, case in enumerate(cases) if case[1] == ("fp32", "fp32") or n % 4 == 0]
-    kept += [((64, 16, 32), dtypes, ("row", "pages")) for dtypes in pairs]  # rows of b that collide in the cache
+    target = host_target(request.param)
+    tiles = [(shape, dtypes) for dtypes, shapes in SHAPES.items() for shape in shapes]
+    cases = [(*tile, (x, y)) for tile in tiles for x in LAYOUTS for y in LAYOUTS]
+    # Rows of b that collide in the cache.
+    cases += [(shapes[0], dtypes, ("row", "pages")) for dtypes, shapes in SHAPES.items()]
     body = ["#include <cstdint>"]
-    for n, case in enumerate(kept):
-        dot, text = function(f"dot_{n}", *case, lanes)
+    for n, case in enumerate(cases):
+        dot, text = function(f"dot_{n}", *case, target.lanes)
         assert isinstance(dot, DotCode)
-        body += [*dot.helpers, text]
-    return lanes, dict(zip(kept, build("\n".join(body), lanes, tmp_path_factory.mktemp("dot"), len(kept))))
+        body += [*(dot.helpers if n == 0 else ()), text]
+    return target.lanes, dict(zip(cases, build("\n".join(body), target, tmp_path_factory.mktemp("dot"), len(cases))))
 
 
-def build(source: str, lanes: int, folder: Path, functions: int) -> list:
+def build(source: str, target: CpuTarget, folder: Path, functions: int) -> list:
     (folder / "dot.cpp").write_text(source)
-    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", *FLAGS[lanes].split()]
-    compiler = shutil.which("g++")
-    assert compiler, "these tests need g++"
-    command = [compiler, *flags, str(folder / "dot.cpp"), "-o", str(folder / "dot.so")]
+    flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", *machine_flags(target.isa, target.features)]
+    command = [target.cxx, *flags, str(folder / "dot.cpp"), "-o", str(folder / "dot.so")]
     subprocess.run(command, check=True)
     loaded = ctypes.CDLL(str(folder / "dot.so"))
     return [getattr(loaded, f"dot_{n}") for n in range(functions)]
@@ -133,6 +138,11 @@ def test_a_dot_is_one_call_with_literal_sizes():
     assert dot.body == [f"  dot::accumulate<8, 16, 64, 32, float>({left}, {right}, acc, M - m, 64, 32);"]
 
 
+def test_operands_of_bf16_values_are_multiplied_as_such():
+    a, b = Operand("p", "64", "1", "fp32", "bf16"), Operand("v", "64", "1", "bf16")
+    assert "<16, 64, 64, 64, dot::bfloat16>((const float *)(p)" in emit_dot(a, b, "acc", (64, 64, 64), lanes=16).body[0]
+
+
 def test_whole_tiles_match_float64(library):
     seed = 1
     print(f"seed {seed}")
@@ -173,9 +183,9 @@ def test_infinity_and_nan_stay_in_their_row_and_column(library):
 
 
 def test_every_16_bit_float_converts_exactly(library):
-    """An identity on the left copies b: all finite patterns in the large tiles, a share in the small."""
+    """An identity on the left copies b, subnormals too: all finite patterns in large tiles, a share in small ones."""
     for (shape, dtypes, layouts), call in library[1].items():
-        if dtypes not in {("fp32", "bf16"), ("fp16", "fp16")} or layouts[0] != "row":
+        if dtypes not in {("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")} or layouts[0] != "row":
             continue
         bm, bn, bk = shape
         size = min(bm, bk)
@@ -189,6 +199,33 @@ def test_every_16_bit_float_converts_exactly(library):
             flat = place(tile, layouts[1], 0, dtypes[1])
             call(*(ctypes.c_void_p(x.ctypes.data) for x in (one, flat, acc)), *shape)
             assert (acc[:size] == as_float64(tile, dtypes[1])[:size]).all()
+
+
+def test_products_of_int8_at_their_extremes_are_exact(library):
+    for (shape, dtypes, layouts), call in library[1].items():
+        if "i8" not in dtypes:
+            continue
+        bm, bn, bk = shape
+        for x, y in ((-128, -128), (-128, 127), (127, 127)):
+            acc = aligned_copy(np.zeros((bm, bn), np.int32))
+            tiles = (np.full((bm, bk), x), np.full((bk, bn), y))
+            flats = [place(tile, layout, 77, "i8") for tile, layout in zip(tiles, layouts)]
+            call(*(ctypes.c_void_p(flat.ctypes.data) for flat in (*flats, acc)), *shape)
+            assert (acc == x * y * bk).all()
+
+
+def test_subnormal_bf16_times_a_large_one_is_no_zero(library):
+    for (shape, dtypes, layouts), call in library[1].items():
+        if not set(dtypes) <= {"bf16", WIDENED}:
+            continue
+        bm, bn, bk = shape
+        for left, right in ((2.0**-130, 2.0**127), (2.0**127, 2.0**-133)):
+            a, b = np.zeros((bm, bk)), np.zeros((bk, bn))
+            a[-1, -1], b[-1, -1] = left, right
+            acc = aligned_copy(np.zeros((bm, bn), np.float32))
+            flats = [place(storage(x, d), layout, 0, d) for x, layout, d in zip((a, b), layouts, dtypes)]
+            call(*(ctypes.c_void_p(flat.ctypes.data) for flat in (*flats, acc)), *shape)
+            assert acc[-1, -1] == left * right
 
 
 def run_before_a_guard_page(cases) -> None:

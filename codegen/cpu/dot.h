@@ -1,109 +1,13 @@
-// tt.dot on one thread: acc[BM][BN] += a[BM][BK] * b[BK][BN], all row-major, in GCC vector types.
+// tt.dot on one thread: acc[BM][BN] += a[BM][BK] * b[BK][BN], in vectors of words as dot_products.h describes them.
 //
-// multiply_tile() keeps Rows x Vecs vectors of acc in registers and adds one rank-1 update per k. It wants rows of a
-// that run along k in the type of acc, and rows of b that run along n. accumulate() hands it the caller's memory where
-// that is so, and packed copies where it is not: b whole, once per call; a in blocks of rows.
+// multiply_tile() keeps Rows x Vecs vectors of acc in registers and adds one word of k to each per turn. It wants rows
+// of a as words along k, and b as rows of words along n. accumulate() hands it the caller's memory where that is so, and
+// packed copies where it is not: b whole, once per call; a in blocks of rows.
 // With few rows, b stored along k is not transposed: multiply_row() takes dot products along k instead.
 #ifndef EFFC_DOT_H
 #define EFFC_DOT_H
-#include <cstdint>
-#include <type_traits>
-#include <utility>
 
 namespace dot {
-
-struct bfloat16 {
-  uint16_t bits;
-} __attribute__((may_alias));
-struct float16 {
-  uint16_t bits;
-} __attribute__((may_alias));
-
-template <typename T, int Lanes>
-struct Vector {
-  typedef T type __attribute__((vector_size(sizeof(T) * Lanes)));
-  typedef T in_memory __attribute__((vector_size(sizeof(T) * Lanes), aligned(alignof(T)), may_alias));
-};
-template <typename T, int Lanes>
-using Vec = typename Vector<T, Lanes>::type;
-
-template <typename T, int Lanes>
-static inline Vec<T, Lanes> load(const T *p) {
-  return *(const typename Vector<T, Lanes>::in_memory *)p;
-}
-template <typename T, int Lanes>
-static inline void store(T *p, Vec<T, Lanes> v) {
-  *(typename Vector<T, Lanes>::in_memory *)p = v;
-}
-
-// Lanes elements of an operand as T: fp32, or int32 for int8.
-template <typename T, int Lanes>
-static inline Vec<T, Lanes> load_as(const T *p) {
-  return load<T, Lanes>(p);
-}
-template <typename T, int Lanes>
-static inline Vec<int32_t, Lanes> load_as(const int8_t *p) {
-  return __builtin_convertvector(load<int8_t, Lanes>(p), Vec<int32_t, Lanes>);
-}
-template <typename T, int Lanes>
-static inline Vec<float, Lanes> load_as(const bfloat16 *p) {
-  typedef Vec<uint32_t, Lanes> Bits;
-  Vec<uint16_t, Lanes> half = load<uint16_t, Lanes>(&p->bits);
-#if defined(__AVX2__) && !defined(__clang__)  // gcc 12 widens in two halves: 1.5 times slower in multiply_tile
-  if constexpr (Lanes == 8) return (Vec<float, 8>)((Bits)__builtin_ia32_pmovzxwd256((Vec<int16_t, 8>)half) << 16);
-#endif
-#if defined(__AVX512F__) && !defined(__clang__)
-  if constexpr (Lanes == 16)
-    return (Vec<float, 16>)((Bits)__builtin_ia32_pmovzxwd512_mask((Vec<int16_t, 16>)half, (Vec<int32_t, 16>){}, -1)
-                            << 16);
-#endif
-  return (Vec<float, Lanes>)(__builtin_convertvector(half, Bits) << 16);
-}
-template <typename T, int Lanes>
-static inline Vec<float, Lanes> load_as(const float16 *p) {
-#if defined(__F16C__) && defined(__clang__)
-  return __builtin_convertvector(load<_Float16, Lanes>((const _Float16 *)p), Vec<float, Lanes>);
-#else
-  typedef Vec<uint32_t, Lanes> Bits;
-  Vec<uint16_t, Lanes> half = load<uint16_t, Lanes>(&p->bits);
-#ifdef __F16C__
-  if constexpr (Lanes == 8) return __builtin_ia32_vcvtph2ps256((Vec<int16_t, 8>)half);
-#endif
-#ifdef __AVX512F__
-  if constexpr (Lanes == 16)
-    return __builtin_ia32_vcvtph2ps512_mask((Vec<int16_t, 16>)half, (Vec<float, 16>){}, (uint16_t)-1, 4);
-#endif
-  Bits bits = __builtin_convertvector(half, Bits), magnitude = (bits & 0x7fff) << 13;
-  magnitude += (Bits)((bits & 0x7c00) == 0x7c00) & 0x70000000;  // infinity and NaN keep an all-ones exponent
-  Vec<float, Lanes> value = (Vec<float, Lanes>)magnitude * 0x1p112f;
-  return (Vec<float, Lanes>)((Bits)value | (bits & 0x8000) << 16);
-#endif
-}
-template <typename T, typename S>
-static inline T element_as(const S *p) {
-  return load_as<T, 1>(p)[0];
-}
-
-// a * b + c, fused where the target can, whatever -ffp-contract says.
-template <typename T, int Lanes>
-static inline Vec<T, Lanes> multiply_add(Vec<T, Lanes> a, Vec<T, Lanes> b, Vec<T, Lanes> c) {
-#if defined(__FMA__) && defined(__clang__)
-  if constexpr (std::is_same_v<T, float>) return __builtin_elementwise_fma(a, b, c);
-#elif defined(__FMA__)
-  if constexpr (std::is_same_v<T, float> && Lanes == 8) return __builtin_ia32_vfmaddps256(a, b, c);
-#ifdef __AVX512F__
-  if constexpr (std::is_same_v<T, float> && Lanes == 16)
-    return __builtin_ia32_vfmaddps512_mask(a, b, c, (uint16_t)-1, 4);
-#endif
-#endif
-  return a * b + c;
-}
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define DOT_SHUFFLE(Lanes, x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define DOT_SHUFFLE(Lanes, x, y, ...) __builtin_shuffle(x, y, (Vec<int32_t, Lanes>){__VA_ARGS__})
-#endif
 
 // One step of a butterfly over the bit Half of the lane number: exchange the lanes of x that have it with those of y
 // that have not. The steps Lanes/2, Lanes/4, ..., 1 over vectors (i, i + Half) transpose a square of vectors.
@@ -139,151 +43,291 @@ static inline V sum_lanes(V *v) {
   return v[0];
 }
 
-// Copy a strided [rows, cols] operand into a row-major panel [rows, width] of T; columns past cols become zeros.
-template <typename T, int Lanes, typename S>
-static __attribute__((noinline)) void pack(const S *from, int64_t row_stride, int64_t col_stride, int64_t rows,
-                                           int64_t cols, T *panel, int64_t width) {
-  if (col_stride == 1) {
-    int64_t whole_cols = cols / Lanes * Lanes;
-    for (int64_t i = 0; i < rows; ++i, from += row_stride, panel += width) {
-      for (int64_t j = 0; j < whole_cols; j += Lanes) store<T, Lanes>(panel + j, load_as<T, Lanes>(from + j));
-      for (int64_t j = whole_cols; j < cols; ++j) panel[j] = element_as<T>(from + j);
-      for (int64_t j = cols; j < width; ++j) panel[j] = 0;
-    }
-    return;
-  }
-  int64_t whole_rows = row_stride == 1 ? rows / Lanes * Lanes : 0;
-  for (int64_t j = 0; j < width; j += Lanes)
-    for (int64_t i = 0; i < whole_rows; i += Lanes) {
-      Vec<T, Lanes> block[Lanes];
-      const S *column = from + i + j * col_stride;
-      if (j + Lanes <= cols) {
-#pragma GCC unroll 16
-        for (int l = 0; l < Lanes; ++l) block[l] = load_as<T, Lanes>(column + l * col_stride);
-      } else {
-#pragma GCC unroll 16
-        for (int l = 0; l < Lanes; ++l)
-          block[l] = j + l < cols ? load_as<T, Lanes>(column + l * col_stride) : Vec<T, Lanes>{};
-      }
-      transpose<Lanes>(block);
-#pragma GCC unroll 16
-      for (int l = 0; l < Lanes; ++l) store<T, Lanes>(panel + (i + l) * width + j, block[l]);
-    }
-  for (int64_t i = whole_rows; i < rows; ++i)
-    for (int64_t j = 0; j < width; ++j)
-      panel[i * width + j] = j < cols ? element_as<T>(from + i * row_stride + j * col_stride) : T(0);
+// An operand in memory: element (k, x) is from[k * k_stride + x * x_stride], where x is a row of a, a column of b.
+template <typename S>
+struct Operand {
+  const S *from;
+  int64_t k_stride, x_stride, depth, count;
+
+  const S *at(int64_t k, int64_t x) const { return from + k * k_stride + x * x_stride; }
+};
+
+// The word of elements (k, x), (k + 1, x), ...; zeros stand for those outside.
+template <typename P, Side side, typename S>
+static inline typename P::Word word_at(Operand<S> o, int64_t k, int64_t x) {
+  const S zero = {};
+  typename P::Element elements[P::group];
+  for (int g = 0; g < P::group; ++g)
+    elements[g] = P::template element<side>(k + g < o.depth && x < o.count ? o.at(k + g, x) : &zero);
+  typename P::Word word;
+  __builtin_memcpy(&word, elements, sizeof(word));
+  return word;
 }
 
-// c[Rows][Vecs * Lanes] += a[Rows][depth] * b[depth][Vecs * Lanes]
-template <typename T, int Lanes, int Rows, int Vecs, typename S>
-static __attribute__((noinline)) void multiply_tile(const T *a, int64_t a_row, const S *b, int64_t b_row, T *c,
-                                                    int64_t c_row, int64_t depth) {
-  Vec<T, Lanes> sum[Rows][Vecs];
+// Copy a block of a to panel[count][words], words of k along k.
+template <typename P, int Lanes, typename S>
+static __attribute__((noinline)) void pack_rows(Operand<S> a, typename P::Word *panel, int64_t words) {
+  int64_t whole = a.k_stride == 1 ? a.depth / (P::group * Lanes) * Lanes : 0;
+  for (int64_t x = 0; x < a.count; ++x, panel += words) {
+    for (int64_t w = 0; w < whole; w += Lanes)
+      store<typename P::Word, Lanes>(panel + w, P::template along_k<left, Lanes>(a.at(w * P::group, x)));
+    for (int64_t w = whole; w * P::group < a.depth; ++w) panel[w] = word_at<P, left>(a, w * P::group, x);
+  }
+}
+
+// Copy b to panel[words of k][width], columns along n; columns past count become zeros.
+template <typename P, int Lanes, typename S>
+static __attribute__((noinline)) void pack_columns(Operand<S> b, typename P::Word *panel, int64_t width) {
+  typedef Vec<typename P::Word, Lanes> Words;
+  int64_t words = (b.depth + P::group - 1) / P::group, whole_words = 0, whole_columns = 0;
+  if (b.x_stride == 1) {
+    whole_words = b.depth / P::group, whole_columns = b.count / Lanes * Lanes;
+    for (int64_t w = 0; w < whole_words; ++w)
+      for (int64_t x = 0; x < whole_columns; x += Lanes)
+        store<typename P::Word, Lanes>(panel + w * width + x,
+                                       P::template across<right, Lanes>(b.at(w * P::group, x), b.k_stride));
+  } else if (b.k_stride == 1) {
+    whole_words = b.depth / (P::group * Lanes) * Lanes, whole_columns = whole_words ? width : 0;
+    for (int64_t x = 0; x < whole_columns; x += Lanes)
+      for (int64_t w = 0; w < whole_words; w += Lanes) {
+        Words block[Lanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) sum[i][j] = load<T, Lanes>(c + i * c_row + j * Lanes);
-  for (int64_t k = 0; k < depth; ++k, b += b_row) {
-    Vec<T, Lanes> b_k[Vecs];
-#pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) b_k[j] = load_as<T, Lanes>(b + j * Lanes);
+        for (int l = 0; l < Lanes; ++l)
+          block[l] = x + l < b.count ? P::template along_k<right, Lanes>(b.at(w * P::group, x + l))
+                                     : word_at<P, right>(b, 0, b.count) - Words{};
+        transpose<Lanes>(block);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      Vec<T, Lanes> a_ik = a[i * a_row + k] - Vec<T, Lanes>{};
+        for (int l = 0; l < Lanes; ++l) store<typename P::Word, Lanes>(panel + (w + l) * width + x, block[l]);
+      }
+  }
+  for (int64_t w = 0; w < words; ++w)
+    for (int64_t x = w < whole_words ? whole_columns : 0; x < width; ++x)
+      panel[w * width + x] = word_at<P, right>(b, w * P::group, x);
+}
+
+// Rows of words of b: in a panel, or made of elements in memory where n is contiguous.
+template <typename P>
+struct Panel {
+  const typename P::Word *words;
+  int64_t width;
+
+  void next() { words += width; }
+  Panel after(int64_t columns) const { return {words + columns, width}; }
+  template <int Lanes>
+  Vec<typename P::Word, Lanes> at(int64_t x) const {
+    return load<typename P::Word, Lanes>(words + x);
+  }
+};
+template <typename P, typename S>
+struct InPlace {
+  const S *elements;
+  int64_t k_stride;
+
+  void next() { elements += P::group * k_stride; }
+  InPlace after(int64_t columns) const { return {elements + columns, k_stride}; }
+  template <int Lanes>
+  Vec<typename P::Word, Lanes> at(int64_t x) const {
+    return P::template across<right, Lanes>(elements + x, k_stride);
+  }
+};
+
+// Rows of a as words along k. `excess`: what a row's sums are too large by, because of P::right_offset.
+template <typename P>
+struct Rows {
+  const char *first;
+  int64_t stride;  // in bytes
+  const typename P::Sum *excess;
+
+  template <int Lanes>
+  Vec<typename P::Word, Lanes> at(int64_t row, int64_t word) const {
+    return load<typename P::Word, Lanes>(first + row * stride + word * 4);
+  }
+  Rows after(int64_t rows) const { return {first + rows * stride, stride, excess + rows}; }
+};
+
+// c[Count][Vecs * Lanes] += a[Count][words] * b[words][Vecs * Lanes]
+template <typename P, int Lanes, int Count, int Vecs, typename B>
+static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, typename P::Sum *c, int64_t c_row, int64_t words) {
+  typedef typename P::Sum Sum;
+  Vec<Sum, Lanes> sum[Count][Vecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < Count; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) sum[i][j] = multiply_add<T, Lanes>(a_ik, b_k[j], sum[i][j]);
+    for (int j = 0; j < Vecs; ++j) {
+      sum[i][j] = load<Sum, Lanes>(c + i * c_row + j * Lanes);
+      if constexpr (P::right_offset != 0) sum[i][j] -= a.excess[i];
+    }
+  for (int64_t k = 0; k < words; ++k, b.next()) {
+    Vec<typename P::Word, Lanes> b_k[Vecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < Vecs; ++j) b_k[j] = b.template at<Lanes>(j * Lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; ++i) {
+      Vec<typename P::Word, Lanes> a_ik = a.template at<1>(i, k)[0] - Vec<typename P::Word, Lanes>{};
+#pragma GCC unroll 8
+      for (int j = 0; j < Vecs; ++j) sum[i][j] = P::template step<Lanes>(a_ik, b_k[j], sum[i][j]);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
+  for (int i = 0; i < Count; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) store<T, Lanes>(c + i * c_row + j * Lanes, sum[i][j]);
+    for (int j = 0; j < Vecs; ++j) store<Sum, Lanes>(c + i * c_row + j * Lanes, sum[i][j]);
 }
 
 // The largest register tile: 8 x 2 vectors of the 32 registers of AVX-512, 6 x 2 of 16 elsewhere.
 template <int Lanes>
 constexpr int max_rows = Lanes >= 16 ? 8 : 6;
 
-// c[rows][BN] += a[rows][depth] * b[depth][BN] for rows up to max_rows.
-template <typename T, int Lanes, int BN, int Rows, typename S>
-static inline void multiply_rows(int64_t rows, const T *a, int64_t a_row, const S *b, int64_t b_row, T *c,
-                                 int64_t depth) {
-  if (rows == Rows) {
-    constexpr int wide = Rows * 4 <= max_rows<Lanes> * 2 ? 4 : 2;
+// c[rows][BN] += a[rows][words] * b[words][BN] for rows up to Count.
+template <typename P, int Lanes, int BN, int Count, typename B>
+static inline void multiply_rows(int64_t rows, Rows<P> a, B b, typename P::Sum *c, int64_t words) {
+  if (rows == Count) {
+    constexpr int wide = Count * 4 <= max_rows<Lanes> * 2 ? 4 : 2;
     constexpr int vecs = BN / Lanes < wide ? BN / Lanes : wide;
     for (int j = 0; j < BN; j += vecs * Lanes)
-      multiply_tile<T, Lanes, Rows, vecs>(a, a_row, b + j, b_row, c + j, BN, depth);
-  } else if constexpr (Rows > 1) {
-    multiply_rows<T, Lanes, BN, Rows - 1>(rows, a, a_row, b, b_row, c, depth);
+      multiply_tile<P, Lanes, Count, vecs>(a, b.after(j), c + j, BN, words);
+  } else if constexpr (Count > 1) {
+    multiply_rows<P, Lanes, BN, Count - 1>(rows, a, b, c, words);
   }
 }
 
-// c[cols] += dot products of a[depth] with the columns of b, which run along k.
-template <typename T, int Lanes, typename S>
-static __attribute__((noinline)) void multiply_row(const T *a, const S *b, int64_t b_col, T *c, int64_t cols,
-                                                   int64_t depth) {
-  int64_t whole = depth / Lanes * Lanes, whole_cols = cols / Lanes * Lanes;
-  for (int64_t j = 0; j < whole_cols; j += Lanes) {
-    const S *columns = b + j * b_col;
-    Vec<T, Lanes> sum[Lanes] = {};
-    for (int64_t k = 0; k < whole; k += Lanes) {
-      Vec<T, Lanes> a_k = load<T, Lanes>(a + k);
+// c[Columns] += dot products of one row of a with columns x, x + 1, ... of b, which run along k.
+template <typename P, int Lanes, int Columns, typename S>
+static inline void multiply_columns(Rows<P> a, Operand<S> b, int64_t x, typename P::Sum *c) {
+  typedef Vec<typename P::Word, Lanes> Words;
+  Vec<typename P::Sum, Lanes> sum[Columns] = {};
+  int64_t whole = b.depth / (P::group * Lanes) * Lanes, words = (b.depth + P::group - 1) / P::group;
+  for (int64_t w = 0; w < whole; w += Lanes) {
+    Words a_w = a.template at<Lanes>(0, w);
 #pragma GCC unroll 16
-      for (int l = 0; l < Lanes; ++l)
-        sum[l] = multiply_add<T, Lanes>(a_k, load_as<T, Lanes>(columns + l * b_col + k), sum[l]);
-    }
-    Vec<T, Lanes> total = load<T, Lanes>(c + j) + sum_lanes<Lanes>(sum);
-    for (int64_t k = whole; k < depth; ++k)
-      for (int l = 0; l < Lanes; ++l) total[l] += a[k] * element_as<T>(columns + l * b_col + k);
-    store<T, Lanes>(c + j, total);
+    for (int l = 0; l < Columns; ++l)
+      sum[l] = P::template step<Lanes>(a_w, P::template along_k<right, Lanes>(b.at(w * P::group, x + l)), sum[l]);
   }
-  for (int64_t j = whole_cols; j < cols; ++j) {
-    const S *column = b + j * b_col;
-    Vec<T, Lanes> sum = {};
-    for (int64_t k = 0; k < whole; k += Lanes)
-      sum = multiply_add<T, Lanes>(load<T, Lanes>(a + k), load_as<T, Lanes>(column + k), sum);
-    T total = 0;
-    for (int l = 0; l < Lanes; ++l) total += sum[l];
-    for (int64_t k = whole; k < depth; ++k) total += a[k] * element_as<T>(column + k);
-    c[j] += total;
+  if (whole < words) {
+    Words a_w = {};
+    for (int64_t w = whole; w < words; ++w) a_w[w - whole] = a.template at<1>(0, w)[0];
+#pragma GCC unroll 16
+    for (int l = 0; l < Columns; ++l) {
+      Words b_w = {};
+      for (int64_t w = whole; w < words; ++w) b_w[w - whole] = word_at<P, right>(b, w * P::group, x + l);
+      sum[l] = P::template step<Lanes>(a_w, b_w, sum[l]);
+    }
+  }
+  const typename P::Sum excess = P::right_offset ? a.excess[0] : 0;
+  if constexpr (Columns == Lanes) {
+    store<typename P::Sum, Lanes>(c, load<typename P::Sum, Lanes>(c) + (sum_lanes<Lanes>(sum) - excess));
+  } else {
+    typename P::Sum total = -excess;
+    for (int l = 0; l < Lanes; ++l) total += sum[0][l];
+    c[0] += total;
   }
 }
 
-// acc[BM][BN] += a[BM][BK] * b[BK][BN]; only the first rows, cols and depth of BM, BN and BK are read.
-template <int Lanes, int BM, int BN, int BK, typename T, typename A, typename B>
-static __attribute__((noinline)) void accumulate(const A *a, int64_t a_row, int64_t a_col, const B *b, int64_t b_row,
-                                                 int64_t b_col, T *acc, int64_t rows, int64_t cols, int64_t depth) {
+// c[b.count] += dot products of one row of a with the columns of b.
+template <typename P, int Lanes, typename S>
+static __attribute__((noinline)) void multiply_row(Rows<P> a, Operand<S> b, typename P::Sum *c) {
+  int64_t x = 0;
+  for (; x + Lanes <= b.count; x += Lanes) multiply_columns<P, Lanes, Lanes>(a, b, x, c + x);
+  for (; x < b.count; ++x) multiply_columns<P, Lanes, 1>(a, b, x, c + x);
+}
+
+// excess[i]: what the sums of row i are too large by where words of b are P::right_offset larger than its elements.
+template <typename P, int Lanes>
+static inline void find_excess(Rows<P> a, int64_t rows, int64_t words, typename P::Sum *excess) {
+  typedef Vec<typename P::Word, Lanes> Words;
+  const Words ones = Words{} + 0x01010101;
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec<typename P::Sum, Lanes> sum = {};
+    int64_t w = 0;
+    for (; w + Lanes <= words; w += Lanes) sum = P::template step<Lanes>(a.template at<Lanes>(i, w), ones, sum);
+    Words rest = {};
+    for (int l = 0; w < words; ++l, ++w) rest[l] = a.template at<1>(i, w)[0];
+    sum = P::template step<Lanes>(rest, ones, sum);
+    excess[i] = 0;
+    for (int l = 0; l < Lanes; ++l) excess[i] += P::right_offset * sum[l];
+  }
+}
+
+// Whether an operand of bf16, or of floats that hold bf16 values, has subnormal ones.
+template <int Lanes, typename S>
+static __attribute__((noinline)) bool has_subnormals(Operand<S> o) {
+  typedef std::conditional_t<sizeof(S) == 2, uint16_t, uint32_t> Bits;
+  constexpr int n = Lanes * 4 / sizeof(S);
+  constexpr Bits magnitude = Bits(-1) >> 1, largest = Bits(sizeof(S) == 2 ? 0x7f : 0x7fffff);
+  const int64_t lines = o.x_stride == 1 ? o.depth : o.count, line_stride = o.x_stride == 1 ? o.k_stride : o.x_stride;
+  const int64_t length = o.x_stride == 1 ? o.count : o.depth, stride = o.x_stride == 1 ? 1 : o.k_stride;
+  Vec<Bits, n> least = ~Vec<Bits, n>{};  // of magnitudes less one, where zero becomes the largest number
+  Bits least_of_rest = -1;
+  for (int64_t line = 0; line < lines; ++line) {
+    const S *p = o.from + line * line_stride;
+    int64_t i = 0;
+    for (; stride == 1 && i + n <= length; i += n) {
+      Vec<Bits, n> less_one = (load<Bits, n>(p + i) & magnitude) - 1;
+      least = less_one < least ? less_one : least;
+    }
+    for (; i < length; ++i) {
+      Bits less_one = (load<Bits, 1>(p + i * stride)[0] & magnitude) - 1;
+      least_of_rest = less_one < least_of_rest ? less_one : least_of_rest;
+    }
+  }
+  for (int l = 0; l < n; ++l) least_of_rest = least[l] < least_of_rest ? least[l] : least_of_rest;
+  return least_of_rest < largest;
+}
+
+// acc[BM][BN] += a * b in words of P.
+template <typename P, int Lanes, int BM, int BN, int BK, typename A, typename B>
+static __attribute__((noinline)) void multiply(Operand<A> a, Operand<B> b, typename P::Sum *acc) {
   constexpr int block = BM < max_rows<Lanes> ? BM : max_rows<Lanes>;
+  constexpr int max_words = (BK + P::group - 1) / P::group;
+  constexpr int word_lanes = max_words < Lanes ? max_words : Lanes;
+  alignas(64) typename P::Word a_panel[block * max_words], b_panel[max_words * BN];
+  typename P::Sum excess[block];
+  const int64_t words = (b.depth + P::group - 1) / P::group;
+  const bool whole_words = b.depth % P::group == 0;
+
+  const bool along_k = max_words >= Lanes && b.k_stride == 1 && a.count <= 4;
+  // Rows of b 4096 bytes apart compete for the same sets of the L1 cache: many rows of a are worth a panel then, and
+  // also where a word takes several elements of b. Its type alone is not: converting 16-bit b at each use was faster.
+  const bool same_sets = b.k_stride != BN && b.k_stride * int64_t(sizeof(B)) % 4096 == 0;
+  const bool in_place = b.x_stride == 1 && b.count == BN && whole_words &&
+                        (a.count <= 2 * block || (P::group == 1 && !same_sets));
+  if (!along_k && !in_place) pack_columns<P, Lanes>(b, b_panel, BN);
+
+  for (int64_t i = 0; i < a.count; i += block) {
+    Operand<A> part = {a.at(0, i), a.k_stride, a.x_stride, a.depth, a.count - i < block ? a.count - i : block};
+    Rows<P> rows = {(const char *)a_panel, max_words * 4, excess};
+    if (P::template words_in_memory<A> && a.k_stride == 1 && whole_words)
+      rows.first = (const char *)part.from, rows.stride = a.x_stride * sizeof(A);
+    else
+      pack_rows<P, word_lanes>(part, a_panel, max_words);
+    if constexpr (P::right_offset != 0) find_excess<P, Lanes>(rows, part.count, words, excess);
+    typename P::Sum *c = acc + i * BN;
+    if (along_k)
+      for (int64_t r = 0; r < part.count; ++r) multiply_row<P, Lanes>(rows.after(r), b, c + r * BN);
+    else if (in_place)
+      multiply_rows<P, Lanes, BN, block>(part.count, rows, InPlace<P, B>{b.from, b.k_stride}, c, words);
+    else
+      multiply_rows<P, Lanes, BN, block>(part.count, rows, Panel<P>{b_panel, BN}, c, words);
+  }
+}
+
+// acc[BM][BN] += a[BM][BK] * b[BK][BN], all of whose elements are exactly of type T; only the first rows, cols and depth
+// of BM, BN and BK are read.
+template <int Lanes, int BM, int BN, int BK, typename T, typename A, typename B, typename Sum>
+static inline void accumulate(const A *a, int64_t a_row, int64_t a_col, const B *b, int64_t b_row, int64_t b_col,
+                              Sum *acc, int64_t rows, int64_t cols, int64_t depth) {
   constexpr int lanes = BN < Lanes ? BN : Lanes;
-  constexpr int k_lanes = BK < Lanes ? BK : Lanes;
-  alignas(64) T a_panel[block * BK], b_panel[BK * BN];
+  typedef typename ProductOf<T, lanes>::type P;
   rows = rows < BM ? rows : BM;
   cols = cols < BN ? cols : BN;
   depth = depth < BK ? depth : BK;
-  if (cols <= 0) return;
-
-  bool along_k = b_row == 1 && rows <= 4;
-  // Rows of b 4096 bytes apart compete for the same sets of the L1 cache: many rows of a are worth a panel then. Its
-  // type alone is not: converting 16-bit b at each use measured faster.
-  bool same_sets = b_row != BN && b_row * int64_t(sizeof(B)) % 4096 == 0 && rows > 2 * block;
-  bool in_place = b_col == 1 && cols == BN && !same_sets;
-  if (!along_k && !in_place) pack<T, lanes>(b, b_row, b_col, depth, cols, b_panel, BN);
-
-  for (int64_t i = 0; i < rows; i += block) {
-    int64_t block_rows = rows - i < block ? rows - i : block, block_stride = BK;
-    const T *a_block = a_panel;
-    if constexpr (std::is_same_v<T, A>)
-      if (a_col == 1) a_block = a + i * a_row, block_stride = a_row;
-    if (a_block == a_panel) pack<T, k_lanes>(a + i * a_row, a_row, a_col, block_rows, depth, a_panel, BK);
-    T *c = acc + i * BN;
-    if (along_k)
-      for (int64_t r = 0; r < block_rows; ++r)
-        multiply_row<T, k_lanes>(a_block + r * block_stride, b, b_col, c + r * BN, cols, depth);
-    else if (in_place)
-      multiply_rows<T, lanes, BN, block>(block_rows, a_block, block_stride, b, b_row, c, depth);
-    else
-      multiply_rows<T, lanes, BN, block>(block_rows, a_block, block_stride, b_panel, int64_t(BN), c, depth);
-  }
+  if (rows <= 0 || cols <= 0 || depth <= 0) return;
+  Operand<A> left = {a, a_col, a_row, depth, rows};
+  Operand<B> right = {b, b_row, b_col, depth, cols};
+  if constexpr (!P::keeps_subnormals)
+    if (has_subnormals<lanes>(left) || has_subnormals<lanes>(right))
+      return multiply<Floats, lanes, BM, BN, BK>(left, right, acc);
+  multiply<P, lanes, BM, BN, BK>(left, right, acc);
 }
 }  // namespace dot
 #endif

@@ -2,32 +2,30 @@
 
 The code is a call of small static helper functions, which several dots share: `DotCode.helpers` go before the kernel's
 function (each carries its own include guard, so a translation unit may hold the same one many times), `DotCode.body`
-goes where the dot stands. The algorithm is in dot.h.
+goes where the dot stands. dot.h is the algorithm; dot_products.h has the tables of instructions that it multiplies
+with, one for each kind of operand and instruction set.
 
-Where b's rows run along n, they are read in place. Where they run along k (a row-major weight [N, K], k^T in
-attention), each call transposes b into a local panel, so BM should be large; with `rows` <= 4 it takes dot products
-along k instead. GFLOP/s of [512, K] x [K, N] in fp32 on one thread (CPU time, best run, AMD Zen 5), beside torch.mm
-(MKL) in the same run:
+Where b's rows run along n, they are read in place, or packed once per call where an instruction takes several elements
+along k. Where they run along k (a row-major weight [N, K], k^T in attention), each call transposes b into a local
+panel, so BM should be large; with `rows` <= 4 it takes dot products along k instead.
 
-    BM, BN, BK                         K 576, N 1536   K 1536, N 576   K 576, N 49152
-    torch.mm                                106             105               94
-    lanes 16   256, 64, 64  packed b        236             238              217      packed: [N / BN][K][BN]
-                64, 64, 64  packed b        231             240              211
-               512, 64, 64  b along k       223             228              208
-    lanes 8    256, 64, 64  packed b        113             118              112
-                64, 64, 64  packed b        117             119              111
-               512, 64, 64  b along k       120             119              116
+GFLOP/s of [512, 576] x [576, 1536] on two threads, b packed as [N / 64][K][64], tiles 256 x 64 x 64 (AMD Zen 5, median;
+beside it what the machine can do at most with that instruction):
 
-On two threads the first two read 431 and 455 (lanes 16; torch 219 and 218). BK 128 gains up to 3 % over 64, BK 32 loses
-5 %, BN 32 to 128 differ by less than 3 %. bf16 and fp16 operands cost less than 5 %. A first dot adds about 0.1 s of
-compile time to a translation unit, each further shape about 15 ms.
+                             AVX2                  AVX-512
+    fp32                     240  of 272           470  of 529   (torch.mm, MKL: 215, 220)
+    bf16                     240  widened          820  of 1058  (torch: 50, 900)
+    int8 (BK 64)             400  of 544           1370 of 2116
+
+BK 128 gains up to 3 % over 64 in fp32, BK 32 loses 5 %, BN 32 to 128 differ by less than 3 %. A first dot adds 0.1 to
+0.3 s of compile time to a translation unit, each further shape about 15 ms.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 TYPES = {"fp32": "float", "bf16": "dot::bfloat16", "fp16": "dot::float16", "i8": "int8_t"}
-HELPERS = Path(__file__).with_name("dot.h").read_text()
+HELPERS = "".join(Path(__file__).with_name(name).read_text() for name in ("dot_products.h", "dot.h"))
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,11 @@ class Operand:
     row_stride: str
     col_stride: str
     dtype: str  # "fp32", "bf16", "fp16", "i8"
+    values: str = ""  # a narrower dtype that holds each element exactly, where there is one
+
+    @property
+    def narrowest(self) -> str:
+        return self.values or self.dtype
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ def emit_dot(
     Products of bf16 and fp16 are exact, sums are fp32. The order of summation is not specified.
     """
     bm, bn, bk = shape
-    acc_type = "int32_t" if a.dtype == "i8" else "float"
+    common = {a.narrowest, b.narrowest}
+    values = TYPES[common.pop() if len(common) == 1 else "fp32"]
     left, right = (f"(const {TYPES[x.dtype]} *)({x.pointer}), {x.row_stride}, {x.col_stride}" for x in (a, b))
     limits = ", ".join(str(size) if given is None else given for size, given in zip(shape, (rows, cols, depth)))
-    call = f"dot::accumulate<{lanes}, {bm}, {bn}, {bk}, {acc_type}>"
+    call = f"dot::accumulate<{lanes}, {bm}, {bn}, {bk}, {values}>"
     return DotCode((HELPERS,), [f"{indent}{call}({left}, {right}, {acc}, {limits});"])

@@ -80,8 +80,9 @@ class DotPrinter:
     def stored_operand(self, stored: Stored, at: Map, dims: tuple[int, int]) -> Operand:
         stride = dict(zip(at, stored.strides, strict=True))
         dtype = {"i8": "i8"}.get(stored.type.element, "fp32")
+        values = {"bf16": "bf16"}.get(stored.type.element, "")  # arrays hold 16-bit floats as fp32
         pointer = stored.array + (f" + {stored.offset}" if stored.offset else "")
-        return Operand(pointer, str(stride[dims[0]]), str(stride[dims[1]]), dtype)
+        return Operand(pointer, str(stride[dims[0]]), str(stride[dims[1]]), dtype, values)
 
     def loaded_operand(self, load: Op, at: Map, dims: tuple[int, int]) -> tuple[Operand, dict[int, list]] | None:
         form = self.analysis.of(load.operands[0], at)
