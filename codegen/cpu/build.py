@@ -12,7 +12,8 @@ from ...compiler.files import locked, read_sealed, refusals, sealed, unsealed, w
 from .target import CpuTarget
 
 FOLDER = Path(__file__).parent
-PRELUDE: str = (FOLDER / "prelude.h").read_text() + (FOLDER / "math.h").read_text()
+HEADERS = ("vectors.h", "lanes_generic.h", "lanes_avx2.h", "lanes_avx512.h", "prelude.h", "math.h")
+PRELUDE: str = "".join((FOLDER / header).read_text() for header in HEADERS)
 RARE_HEADERS = {"f8E": "fp8.h", "report::": "report.h"}  # by what C++ that needs them says
 NO_SPACE = os.strerror(errno.ENOSPC)
 

@@ -27,13 +27,12 @@ template <typename F> static inline F copy_sign(F x, F sign) {
   }
 LANEWISE(exp_f64, __builtin_exp) LANEWISE(exp2_f64, __builtin_exp2) LANEWISE(log_f64, __builtin_log)
 LANEWISE(log2_f64, __builtin_log2) LANEWISE(sin_f64, __builtin_sin) LANEWISE(cos_f64, __builtin_cos)
-LANEWISE(tanh_f64, __builtin_tanh) LANEWISE(erf_f64, __builtin_erf) LANEWISE(sqrt_f64, __builtin_sqrt)
-LANEWISE(floor_f64, __builtin_floor) LANEWISE(ceil_f64, __builtin_ceil)
-LANEWISE(sin_large, __builtin_sinf) LANEWISE(cos_large, __builtin_cosf) LANEWISE(sqrt_lanes, __builtin_sqrtf)
+LANEWISE(tanh_f64, __builtin_tanh) LANEWISE(erf_f64, __builtin_erf)
+LANEWISE(sin_large, __builtin_sinf) LANEWISE(cos_large, __builtin_cosf)
 LANEWISE(log1p_lanes, __builtin_log1pf) LANEWISE(expm1_lanes, __builtin_expm1f) LANEWISE(tan_lanes, __builtin_tanf)
 LANEWISE(asin_lanes, __builtin_asinf) LANEWISE(acos_lanes, __builtin_acosf) LANEWISE(atan_lanes, __builtin_atanf)
 LANEWISE(sinh_lanes, __builtin_sinhf) LANEWISE(cosh_lanes, __builtin_coshf) LANEWISE(cbrt_lanes, __builtin_cbrtf)
-LANEWISE(rint_lanes, __builtin_rintf) LANEWISE(round_lanes, __builtin_roundf) LANEWISE(trunc_lanes, __builtin_truncf)
+LANEWISE(round_lanes, __builtin_roundf)
 LANEWISE(lgamma_lanes, __builtin_lgammaf) LANEWISE(asinh_lanes, __builtin_asinhf) LANEWISE(acosh_lanes, __builtin_acoshf)
 LANEWISE(atanh_lanes, __builtin_atanhf) LANEWISE(erfc_lanes, __builtin_erfcf) LANEWISE(log10_lanes, __builtin_log10f)
 #undef LANEWISE
@@ -49,7 +48,7 @@ LANEWISE2(pow_lanes, __builtin_powf) LANEWISE2(pow_f64, __builtin_pow) LANEWISE2
 LANEWISE2(fmod_f64, __builtin_fmod) LANEWISE2(atan2_lanes, __builtin_atan2f) LANEWISE2(hypot_lanes, __builtin_hypotf)
 #undef LANEWISE2
 template <typename F> static inline F fused_multiply_add(F a, F b, F c) {
-#ifdef __FMA__
+#ifdef __FP_FAST_FMAF
   return a * b + c;
 #else
   if constexpr (Lanes<F>::count == 1) {
@@ -61,32 +60,7 @@ template <typename F> static inline F fused_multiply_add(F a, F b, F c) {
 #endif
 }
 
-template <typename F> static inline F square_root(F x) {
-  if constexpr (sizeof(Element<F>) == 8) return sqrt_f64(x);
-#ifdef __AVX512F__
-  else if constexpr (sizeof(F) == 64) return (F)__builtin_ia32_sqrtps512_mask(x, x, -1, 4);
-#endif
-#ifdef __AVX__
-  else if constexpr (sizeof(F) == 32) return (F)__builtin_ia32_sqrtps256(x);
-#endif
-#ifdef __SSE__
-  else if constexpr (sizeof(F) == 16) return (F)__builtin_ia32_sqrtps(x);
-#endif
-  else return sqrt_lanes(x);
-}
 template <typename F> static inline F reciprocal_root(F x) { return 1 / square_root(x); }
-
-template <typename F> static inline F round_down(F x) {
-  if constexpr (sizeof(Element<F>) == 8) return floor_f64(x);
-  else {
-    F whole = convert<F>(convert<Int<F>>(x));
-    F down = whole > x ? whole - 1 : whole;
-    return absolute(x) < 0x1p23f ? copy_sign(down, x) : x;
-  }
-}
-template <typename F> static inline F round_up(F x) {
-  if constexpr (sizeof(Element<F>) == 8) return ceil_f64(x); else return -round_down(-x);
-}
 
 // NaN in either operand: `*_number` gives the other one, `*_nan` gives NaN.
 template <typename F> static inline F max_number(F a, F b) { F m = a > b ? a : b; return b != b ? a : m; }
@@ -176,10 +150,7 @@ template <bool COSINE, typename F> static inline F sin_or_cos(F x) {
   F c = 1 - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
   F y = bits<F>(bits<I>((q & 1) != 0 ? c : s) ^ ((q & 2) << 30));
   I large = mask((absolute(x) > 1e9f) - I{});
-  bool any = false;
-  if constexpr (Lanes<F>::count == 1) any = large != 0;
-  else for (int k = 0; k < Lanes<F>::count; ++k) any |= large[k] != 0;
-  if (__builtin_expect(any, 0)) return large != 0 ? (COSINE ? cos_large(x) : sin_large(x)) : y;
+  if (__builtin_expect(any_lane(large), 0)) return large != 0 ? (COSINE ? cos_large(x) : sin_large(x)) : y;
   return y;
 }
 template <typename F> static inline F sine(F x) {
@@ -242,12 +213,10 @@ template <typename V> static inline V divide(V a, V b) {
 }
 template <typename V> static inline V remainder(V a, V b) { return a - divide<V>(a, b) * b; }
 template <typename V> static inline V multiply_high(V a, V b) {
-  typedef Element<V> E;
-  if constexpr (Lanes<V>::count == 1) {
-    if constexpr (sizeof(E) == 8) return (E)(((unsigned __int128)(uint64_t)a * (uint64_t)b) >> 64);
-    else return (E)(((uint64_t)(uint32_t)a * (uint32_t)b) >> 32);
-  } else {
-    for (int k = 0; k < Lanes<V>::count; ++k) a[k] = multiply_high<E>(a[k], b[k]);
+  if constexpr (sizeof(Element<V>) == 4) return multiply_high_u32(a, b);
+  else if constexpr (Lanes<V>::count == 1) return (V)(((unsigned __int128)(uint64_t)a * (uint64_t)b) >> 64);
+  else {
+    for (int k = 0; k < Lanes<V>::count; ++k) a[k] = multiply_high<Element<V>>(a[k], b[k]);
     return a;
   }
 }
@@ -268,6 +237,9 @@ template <typename To, typename F> static inline To to_integer(F x) {
     To i = convert<To>(x);
     i = x >= high ? To{} + INT32_MAX : i;
     return x != x ? To{} : i;
+  } else if constexpr (sizeof(E) < 4 && sizeof(Element<F>) == 4) {
+    F inside = x > low ? (x < high - 1 ? x : F{} + (high - 1)) : F{} + low;
+    return convert<To>(x != x ? Like<F, int32_t>{} : convert<Like<F, int32_t>>(inside));
   } else {
     To i{};
     for (int k = 0; k < Lanes<F>::count; ++k) i[k] = to_integer<E>((Element<F>)x[k]);
