@@ -168,15 +168,3 @@ def test_kernel_from_source_runs_under_tritons_interpreter():
     command = [sys.executable, "-c", INTERPRETED.format(source=SOURCE)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-@triton.jit
-def print_kernel(x_ptr):
-    x = tl.load(x_ptr + tl.arange(0, 16))
-    tl.device_print("x", x)
-    tl.store(x_ptr + tl.arange(0, 16), x)
-
-
-def test_printing_is_refused_not_dropped():
-    with pytest.raises(UnsupportedKernel, match=r"tt\.print"):
-        lower(print_kernel, {"x_ptr": "*fp32"}, {})
