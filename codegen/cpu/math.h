@@ -29,24 +29,13 @@ LANEWISE(exp_f64, __builtin_exp) LANEWISE(exp2_f64, __builtin_exp2) LANEWISE(log
 LANEWISE(log2_f64, __builtin_log2) LANEWISE(sin_f64, __builtin_sin) LANEWISE(cos_f64, __builtin_cos)
 LANEWISE(tanh_f64, __builtin_tanh) LANEWISE(erf_f64, __builtin_erf)
 LANEWISE(sin_large, __builtin_sinf) LANEWISE(cos_large, __builtin_cosf)
-LANEWISE(log1p_lanes, __builtin_log1pf) LANEWISE(expm1_lanes, __builtin_expm1f) LANEWISE(tan_lanes, __builtin_tanf)
-LANEWISE(asin_lanes, __builtin_asinf) LANEWISE(acos_lanes, __builtin_acosf) LANEWISE(atan_lanes, __builtin_atanf)
-LANEWISE(sinh_lanes, __builtin_sinhf) LANEWISE(cosh_lanes, __builtin_coshf) LANEWISE(cbrt_lanes, __builtin_cbrtf)
-LANEWISE(round_lanes, __builtin_roundf)
-LANEWISE(lgamma_lanes, __builtin_lgammaf) LANEWISE(asinh_lanes, __builtin_asinhf) LANEWISE(acosh_lanes, __builtin_acoshf)
-LANEWISE(atanh_lanes, __builtin_atanhf) LANEWISE(erfc_lanes, __builtin_erfcf) LANEWISE(log10_lanes, __builtin_log10f)
 #undef LANEWISE
-#define LANEWISE2(NAME, CALL)                                                    \
-  template <typename F> static inline F NAME(F x, F y) {                         \
-    if constexpr (Lanes<F>::count == 1) return CALL(x, y);                       \
-    else {                                                                       \
-      for (int k = 0; k < Lanes<F>::count; ++k) x[k] = CALL(x[k], y[k]);         \
-      return x;                                                                  \
-    }                                                                            \
-  }
-LANEWISE2(pow_lanes, __builtin_powf) LANEWISE2(pow_f64, __builtin_pow) LANEWISE2(fmod_lanes, __builtin_fmodf)
-LANEWISE2(fmod_f64, __builtin_fmod) LANEWISE2(atan2_lanes, __builtin_atan2f) LANEWISE2(hypot_lanes, __builtin_hypotf)
-#undef LANEWISE2
+template <typename F> static inline F float_remainder(F x, F y) {
+  if constexpr (Lanes<F>::count > 1) {
+    for (int k = 0; k < Lanes<F>::count; ++k) x[k] = float_remainder<Element<F>>(x[k], y[k]);
+    return x;
+  } else if constexpr (sizeof(F) == 8) return __builtin_fmod(x, y); else return __builtin_fmodf(x, y);
+}
 template <typename F> static inline F fused_multiply_add(F a, F b, F c) {
 #ifdef __FP_FAST_FMAF
   return a * b + c;

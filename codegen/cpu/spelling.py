@@ -166,19 +166,6 @@ COMPARE_FLOAT = {
     "ord": "({0} == {0}) & ({1} == {1})",
     "uno": "({0} != {0}) | ({1} != {1})",
 }
-EXTERN = {  # by the name in libdevice, without __nv_ and the f of fp32
-    "exp": "exponential", "exp2": "exponential2", "log": "logarithm", "log2": "logarithm2", "sin": "sine",
-    "cos": "cosine", "tanh": "hyperbolic_tangent", "erf": "error_function", "sqrt": "square_root",
-    "rsqrt": "reciprocal_root", "fabs": "absolute", "floor": "round_down", "ceil": "round_up",
-    "fast_expf": "exponential", "fast_tanh": "hyperbolic_tangent", "fast_exp": "exponential",
-    "fast_log": "logarithm", "fast_sin": "sine", "fast_cos": "cosine", "log1p": "log1p_lanes",
-    "expm1": "expm1_lanes", "tan": "tan_lanes", "asin": "asin_lanes", "acos": "acos_lanes", "atan": "atan_lanes",
-    "sinh": "sinh_lanes", "cosh": "cosh_lanes", "cbrt": "cbrt_lanes", "rint": "round_to_even",
-    "nearbyint": "round_to_even", "round": "round_lanes", "trunc": "round_to_zero", "lgamma": "lgamma_lanes",
-    "log10": "log10_lanes", "asinh": "asinh_lanes", "acosh": "acosh_lanes", "atanh": "atanh_lanes",
-    "erfc": "erfc_lanes", "pow": "pow_lanes", "fmod": "fmod_lanes", "atan2": "atan2_lanes", "hypot": "hypot_lanes",
-    "fmin": "min_number", "fmax": "max_number", "copysign": "copy_sign", "fma": "fused_multiply_add",
-}  # fmt: skip
 CASTS = frozenset(
     [
         "arith.extsi",
@@ -247,9 +234,11 @@ def spell(op: Op, args: list[str], width: int) -> str:
         kind = "nan" if op.attrs.get("propagateNan") == "all" else "number"
         return f"min_{kind}<{vector}>(max_{kind}<{vector}>({args[0]}, {args[1]}), {args[2]})"
     if op.name == "arith.remf":
-        return rounded(f"fmod_{'f64' if element == 'f64' else 'lanes'}<{vector}>({args[0]}, {args[1]})", element)
+        return rounded(f"float_remainder<{vector}>({args[0]}, {args[1]})", element)
     if op.name == "tt.extern_elementwise":
-        return spell_extern(op, args, vector)
+        from .libdevice import spell_extern
+
+        return spell_extern(op, args, width)
     if op.name in ARITHMETIC:
         return rounded(ARITHMETIC[op.name].format(*args, V=vector), element)
     if op.name in FLOAT_MOVES:
@@ -294,30 +283,6 @@ def spell_compare(op: Op, args: list[str], width: int) -> str:
         a, b = ((f"{cast}<{kind}>({arg})" if cast else f"({kind})({arg})") for arg in args)
         text = f"{a} {COMPARE_UNSIGNED[predicate]} {b}"
     return text if width == 1 else f"mask({text})"
-
-
-def spell_extern(op: Op, args: list[str], vector: str) -> str:
-    symbol = str(op.attrs["symbol"]).removeprefix("__nv_")
-    element = op.result.type.element
-    base = symbol.removesuffix("f") if symbol not in EXTERN else symbol
-    double = {
-        "exponential",
-        "exponential2",
-        "logarithm",
-        "logarithm2",
-        "sine",
-        "cosine",
-        "hyperbolic_tangent",
-        "error_function",
-    }
-    double |= {"square_root", "reciprocal_root", "absolute", "round_down", "round_up", "min_number", "max_number"}
-    double |= {"fused_multiply_add"}
-    name = EXTERN.get(base)
-    if element == "f64" and base in ("pow", "fmod"):
-        name = f"{base}_f64"
-    elif name is None or (element == "f64" and name not in double) or not op.result.type.is_float:
-        raise unsupported(op, f"of {op.attrs['symbol']} is not supported")
-    return f"{name}<{vector}>({', '.join(args)})"
 
 
 def spell_cast(op: Op, arg: str, width: int) -> str:
