@@ -1,6 +1,6 @@
 """A schedule as native code: one C++ function per run of launches, with one parallel region over all of them.
 
-    for each launch:  threads take shares of its grid, one at a time, until all programs are done
+    for each launch:  threads take shares of its grid until all programs are done (codegen/cpu/threads.h)
 
 Sizes, offsets and grids are computed by the function itself from the runtime sizes, so a call passes only
 pointers and sizes. An op without a kernel ends a function; the next one starts behind it.
@@ -34,39 +34,7 @@ C_TYPES: dict[torch.dtype, str] = {
 
 
 EXPORT = 'extern "C" __attribute__((visibility("default")))'
-TEAM = """// The threads of a step take the programs of a launch in shares and go on once all are done: a thread that
-// lost its core holds nobody up unless it took a share with it. Who waits for long gives its core away.
-extern "C" int sched_yield(void);
-
-struct Launch {
-  alignas(128) uint64_t state;  // shares taken; shares done, in the upper half: one line to pass between cores
-};
-
-// Reports shares as done and takes the next one: its number. There are few, so the lower half never overflows.
-static inline int64_t take(Launch& launch, uint64_t done) {
-  return (uint32_t)__atomic_fetch_add(&launch.state, done << 32 | 1, __ATOMIC_ACQ_REL);
-}
-
-static inline void wait_for(Launch& launch, int64_t shares) {
-  for (int spins = 0; (int64_t)(__atomic_load_n(&launch.state, __ATOMIC_ACQUIRE) >> 32) < shares; ++spins) {
-#if defined(__x86_64__)
-    if (spins < 2048) { __builtin_ia32_pause(); continue; }
-#endif
-    sched_yield();
-  }
-}
-
-// A share is 2^bits programs: 16 to 32 shares a thread where there are enough, so that the last ones end together.
-static inline int share_bits(int64_t programs, int threads) {
-  int bits = 0;
-  while (programs >> bits > 32 * threads) ++bits;
-  return bits;
-}
-"""
-"""What the step functions share."""
-
 CLOCK = """
-extern "C" int omp_get_thread_num(void);
 extern "C" double omp_get_wtime(void);
 
 static double seconds[{count}], last_stamp;
@@ -155,33 +123,29 @@ class StepPrinter:
             texts.append(self.pointer(argument, kind) if isinstance(argument, Pointer) else self.size(argument))
         return ", ".join(texts)
 
-    def launch(self, launch: Launch, indent: str, position: int) -> Iterator[str]:
+    def launch(self, launch: Launch, indent: str) -> Iterator[str]:
         grid = [self.size(extent) for extent in launch.grid]
         yield f"{indent}{{  // {', '.join(launch.nodes)}"
         yield f"{indent}  const int64_t nx = {grid[0]}, ny = {grid[1]}, nz = {grid[2]}, all = nx * ny * nz;"
-        yield f"{indent}  const int bits = share_bits(all, threads);"
-        yield f"{indent}  const int64_t shares = (all + (INT64_C(1) << bits) - 1) >> bits;"
-        yield f"{indent}  for (int64_t share, done = 0; (share = take(launches[{position}], done)) < shares; done = 1)"
-        yield f"{indent}    for (int64_t i = share << bits; i < all && i >> bits == share; ++i)"
         place = "i % nx, i / nx % ny, i / (nx * ny), nx, ny, nz"
-        yield f"{indent}      {launch.kernel.symbol}({self.arguments(launch)}, {place});"
-        yield f"{indent}  wait_for(launches[{position}], shares);"
+        call = f"{launch.kernel.symbol}({self.arguments(launch)}, {place})"
+        yield f"{indent}  team.run(++launch, all, [&](int64_t i) {{ {call}; }});"
         if self.timed:
             yield f"{indent}  stamp({self.all_launches.index(launch)});"
         yield f"{indent}}}"
 
-    def step(self, step: Step, positions: Iterator[int]) -> Iterator[str]:
+    def step(self, step: Step) -> Iterator[str]:
         if isinstance(step, Choice):
             opening = "if"
             for condition, launches in step.cases:
                 head = "else" if condition == sympy.true else f"{opening} ({self.size(condition)})"
                 yield f"    {head} {{"
                 for launch in launches:
-                    yield from self.launch(launch, "      ", next(positions))
+                    yield from self.launch(launch, "      ")
                 yield "    }"
                 opening = "else if"
         else:
-            yield from self.launch(step, "    ", next(positions))
+            yield from self.launch(step, "    ")
 
     def preamble(self) -> Iterator[str]:
         for position, name in enumerate(self.names.values()):
@@ -202,7 +166,6 @@ class StepPrinter:
 
     def functions(self) -> str:
         lines = [
-            TEAM,
             CLOCK.format(count=len(self.all_launches), export=EXPORT) if self.timed else "",
             f"{EXPORT} int64_t arena_bytes(const int64_t* sizes) {{",
             *self.preamble(),
@@ -212,15 +175,14 @@ class StepPrinter:
             "",
         ]
         for segment in segments(self.schedule):
-            count = sum(len(step.launches) for step in segment.steps)
-            positions = iter(range(count))
             lines += [
                 f"{EXPORT} void {segment.function}({PARAMETERS}) {{",
                 *self.preamble(),
-                f"  Launch launches[{max(count, 1)}] = {{}};",
+                "  Team team(threads);",
                 *(["  last_stamp = omp_get_wtime();"] if self.timed else []),
-                "  on_threads(threads, [&] {",
-                *(line for step in segment.steps for line in self.step(step, positions)),
+                "  on_threads(team.threads(), [&] {",
+                "    uint64_t launch = 0;",
+                *(line for step in segment.steps for line in self.step(step)),
                 "  });",
                 "}",
                 "",

@@ -12,7 +12,7 @@ from ...compiler.files import locked, read_sealed, refusals, sealed, unsealed, w
 from .target import CpuTarget
 
 FOLDER = Path(__file__).parent
-HEADERS = ("vectors.h", "lanes_generic.h", "lanes_avx2.h", "lanes_avx512.h", "prelude.h", "math.h")
+HEADERS = ("vectors.h", "lanes_generic.h", "lanes_avx2.h", "lanes_avx512.h", "prelude.h", "math.h", "threads.h")
 PRELUDE: str = "".join((FOLDER / header).read_text() for header in HEADERS)
 # By what C++ that needs them says:
 RARE_HEADERS = {"f8E": "fp8.h", "report::": "report.h", "libdevice::": "libdevice.h"}

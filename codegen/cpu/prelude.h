@@ -141,22 +141,5 @@ template <typename T> static inline T compare_exchange(T *p, T expected, T value
   return expected;
 }
 
-// Threads are those of the OpenMP runtime that PyTorch has loaded, whichever compiler this is and whatever runtime it
-// would bring: the library is not linked to one, and this name, gcc's for a parallel region, is found in the process.
-extern "C" void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-template <typename F> static inline void on_threads(int threads, F body) {
-  GOMP_parallel([](void *f) { (*(F *)f)(); }, &body, threads, 0);
-}
-// body(0), ..., body(count - 1): threads take some at a time, and more when they are done with theirs.
-template <typename F> static inline void for_each(int64_t count, int threads, F body) {
-  const int64_t at_once = count / (32 * threads) + 1;
-  int64_t next = 0;
-  auto work = [count, at_once, body, &next] {
-    for (int64_t i; (i = __atomic_fetch_add(&next, at_once, __ATOMIC_RELAXED)) < count;)
-      for (const int64_t end = count - i < at_once ? count : i + at_once; i < end; ++i) body(i);
-  };
-  if (count > 1) on_threads(threads, work); else work();
-}
-
 }  // namespace tt
 using namespace tt;
