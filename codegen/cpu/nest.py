@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from .cells import LARGE, ZERO, Cell, Index
 from .ir import Value
 
-INDEX_NAMES = "ijklmnopqr"
+INDEX_NAMES = "ijklmnopqrstuvwxyzabcdefgh"
 UNROLL = 8  # vectors of a short dimension that are printed one by one
 PrintBody = Callable[[int], None]
 

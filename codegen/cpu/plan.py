@@ -31,6 +31,7 @@ STORED_RESULTS = frozenset(
     ]
 )
 WRITES = frozenset(("tt.store", "tt.atomic_rmw", "tt.atomic_cas", "ttg.barrier", "tt.print"))
+ACCESSES = frozenset(("tt.load", "tt.store", "tt.atomic_rmw", "tt.atomic_cas"))
 COSTLY = 8
 LOAD_COST = 2
 
@@ -56,6 +57,8 @@ class Plan:
         self.ops = list(function.body.walk())
         self.writes = [op for op in self.ops if op.name in WRITES]
         self.costs: dict[Value, int] = {}
+        self.consumers_of: dict[Value, list[Op]] = {}
+        self.addresses = self.address_values()
         for op in self.ops:
             if op.name in STORED_RESULTS or (op.name == "tt.reshape" and not is_lazy(op)):
                 self.stored |= {value for value in op.results if value.type.is_tensor}
@@ -69,6 +72,16 @@ class Plan:
         for op in reversed(self.ops):
             if is_lazy(op) and op.result not in self.stored and self.wants_array(op):
                 self.stored.add(op.result)
+
+    def address_values(self) -> set[Value]:
+        """What addresses and masks of memory are computed from."""
+        found: set[Value] = set()
+        for op in reversed(self.ops):
+            if op.name in ACCESSES:
+                found |= {v for v in op.operands if v.type.element in ("ptr", "i1")}
+            elif op.results and op.result in found and is_lazy(op):
+                found |= {v for v in op.operands if not v.type.is_float}
+        return found
 
     # -- walking lazy values
 
@@ -95,13 +108,15 @@ class Plan:
 
     def consumers(self, value: Value) -> list[Op]:
         """The ops whose printing prints `value`, in program order: stores, reductions, dots, yields, stored tensors."""
-        found: dict[Op, None] = {}
-        for use in value.uses:
-            if is_lazy(use) and use.result not in self.stored:
-                found.update(dict.fromkeys(self.consumers(use.result)))
-            else:
-                found[use] = None
-        return sorted(found, key=lambda op: op.position)
+        if value not in self.consumers_of:
+            found: dict[Op, None] = {}
+            for use in value.uses:
+                if is_lazy(use) and use.result not in self.stored:
+                    found.update(dict.fromkeys(self.consumers(use.result)))
+                else:
+                    found[use] = None
+            self.consumers_of[value] = sorted(found, key=lambda op: op.position)
+        return self.consumers_of[value]
 
     def inline_cost(self, value: Value) -> int:
         """Simple instructions per element to print `value` once more."""
@@ -133,14 +148,15 @@ class Plan:
             return False
         self.costs.clear()
         spent = self.inline_cost(value)
-        if (
-            not value.type.is_float and cost(op) < COSTLY
-        ):  # addresses keep their affine form; a division alone is stored
+        if cost(op) < COSTLY and (value in self.addresses or self.is_affine(value)):
             return False
         if spent >= COSTLY and (len(consumers) > 1 or self.broadcast_over_rows(value)):
             return True
         deeper = any(loops_between(consumer, op) for consumer in consumers)
         return deeper and op.name != "tt.load" and spent >= LOAD_COST + 1
+
+    def is_affine(self, value: Value) -> bool:
+        return self.analysis.of(value, tuple(range(len(value.type.shape)))) is not None
 
     def overtaken(self, load: Op, consumer: Op) -> bool:
         """Whether a write may happen after the load and before its consumer reads, the consumer itself aside."""

@@ -108,11 +108,14 @@ class ReducePrinter:
         def body(copy: int) -> None:
             at = nest.indices()
             cells = [evaluator.at(operand, at) for operand in op.operands]
-            accumulators = [
-                Cell("vector" if width > 1 else "uniform", name, nest.depth) for name in names[copy % copies]
-            ]
+            accumulators = accumulated(nest, names[copy % copies])
             texts = self.combined(evaluator, op, accumulators, cells)
             first = self.first_turn(nest, axis)
+            if len(texts) > 1:  # one may be another's accumulator
+                texts = [
+                    nest.let(nest.depth, lanes_type(operand.type.element, width), f"{operand.name}_next", text)
+                    for operand, text in zip(op.operands, texts, strict=True)
+                ]
             for accumulator, text, cell, operand in zip(accumulators, texts, cells, op.operands, strict=True):
                 if identity is None:
                     text = (
@@ -252,35 +255,75 @@ class ReducePrinter:
     # -- scans
 
     def scan(self, op: Op) -> None:
+        """Running combinations along an axis. Where the lanes lie along it, each vector is scanned in itself first."""
         shape, axis = op.operands[0].type.shape, op.attrs["axis"]
-        order = [d for d in range(len(shape)) if d != axis] + [axis]
-        nest = self.nest(shape, None, 1, order)
         if shape[axis] == 1:
             for operand, result in zip(op.operands, op.results, strict=True):
                 self.kernel.storage[result] = self.kernel.storage.get(operand) or self.materialize(operand)
             return
+        vector_dim, width = self.vector_dim(shape, op.operands)
+        along = vector_dim == axis
+        if along and op.attrs["reverse"]:
+            vector_dim, width, along = None, 1, False
+        others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
+        nest = self.nest(
+            shape, vector_dim, width, others + [d for d in (vector_dim, axis) if d not in (None, axis)] + [axis]
+        )
+        if op.attrs["reverse"]:
+            nest.reverse = axis
         targets = [self.kernel.array(result.type, result.name + "_a") for result in op.results]
         evaluator = Evaluator(self.kernel, nest)
         level = nest.level_of[axis] - 1
-        names = self.declare_accumulators(op, nest, 1, level, None)[0]
-        if op.attrs["reverse"]:
-            nest.reverse = axis
+        copies = nest.chunks_per_turn if nest.vector_dim is not None and not along else 1
+        names = self.declare_accumulators(op, nest, copies, level, None)
 
-        def body(_copy: int) -> None:
+        def body(copy: int) -> None:
             at = nest.indices()
             cells = [evaluator.at(operand, at) for operand in op.operands]
-            accumulators = [Cell("uniform", name, nest.depth) for name in names]
-            texts = self.combined(evaluator, op, accumulators, cells)
-            first = f"{nest.index_name[axis]} == 0"
-            fresh = [
-                nest.let(nest.depth, "auto", n, f"{first} ? {c.text} : {t}")
-                for n, c, t in zip(names, cells, texts, strict=True)
-            ]
-            for name, new, target in zip(names, fresh, targets, strict=True):
-                nest.add(nest.depth, f"{name} = {new};")
-                for line in evaluator.write(target, at, Cell("uniform", new, nest.depth)):
+            if along:
+                cells = self.scan_lanes(op, evaluator, cells)
+            totals = accumulated(nest, names[copy])
+            texts = self.combined(evaluator, op, totals, cells)
+            first = self.first_turn(nest, axis) if along else f"{nest.index_name[axis]} == 0"
+            running = []
+            for operand, cell, text in zip(op.operands, cells, texts, strict=True):
+                choice = f"{first} ? {evaluator.vector(cell, operand.type)} : {text}"
+                kind = lanes_type(operand.type.element, nest.width)
+                running.append((kind, nest.let(nest.depth, kind, f"{op.result.name}_so_far", choice)))
+            for (kind, name), total, target in zip(running, names[copy], targets, strict=True):
+                nest.add(nest.depth, f"{total} = {f'splat<{kind}>({name}[{nest.width - 1}])' if along else name};")
+                for line in evaluator.write(target, at, accumulated(nest, [name])[0]):
                     nest.add(nest.depth, line)
 
         self.finish(nest.render(body))
         for result, target in zip(op.results, targets, strict=True):
             self.kernel.storage[result] = target
+
+    def scan_lanes(self, op: Op, evaluator: Evaluator, cells: list[Cell]) -> list[Cell]:
+        """Combine every lane with all lanes before it, in log2(width) steps."""
+        nest = evaluator.nest
+        width, step = nest.width, 1
+        types = [operand.type for operand in op.operands]
+        while step < width:
+            kinds = [lanes_type(type_.element, width) for type_ in types]
+            now = [evaluator.vector(cell, type_) for cell, type_ in zip(cells, types, strict=True)]
+            moved = [
+                nest.let(nest.depth, kind, f"{op.result.name}_before", f"rotate<{width - step}>({text})")
+                for kind, text in zip(kinds, now, strict=True)
+            ]
+            texts = self.combined(evaluator, op, [Cell("vector", name, nest.depth) for name in moved], cells)
+            reached = f"iota<i32x{width}>() >= {step}"
+            cells = [
+                Cell(
+                    "vector",
+                    nest.let(nest.depth, kind, f"{op.result.name}_lanes", f"select(mask({reached}), {text}, {own})"),
+                    nest.depth,
+                )
+                for kind, text, own in zip(kinds, texts, now, strict=True)
+            ]
+            step *= 2
+        return cells
+
+
+def accumulated(nest: Nest, names: list[str]) -> list[Cell]:
+    return [Cell("vector" if nest.width > 1 else "uniform", name, nest.depth) for name in names]

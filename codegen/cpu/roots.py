@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from .affine import Affine, Conjunct, Map, conjuncts, step, through_view
-from .cells import Stored, row_major
+from .cells import Stored, closed, row_major
 from .clip import Clipper
 from .dots import DotPrinter
 from .evaluate import Evaluator
@@ -311,6 +311,24 @@ class RootPrinter(ReducePrinter, DotPrinter, ReportPrinter, Clipper):
         self.finish(nest.render(body))
         self.kernel.storage[op.result] = result
 
+    def histogram(self, op: Op) -> None:
+        """How often each of 0 .. bins - 1 occurs; other values are not counted."""
+        values, *masks = op.operands
+        result = self.kernel.array(op.result.type, op.result.name + "_a")
+        self.kernel.emit(f"for (int32_t bin = 0; bin < {op.result.type.numel}; ++bin) {result.array}[bin] = 0;")
+        nest = self.nest(values.type.shape, None, 1)
+        evaluator = Evaluator(self.kernel, nest)
+
+        def body(_copy: int) -> None:
+            at = nest.indices()
+            value = closed(evaluator.at(values, at).text)
+            counted = [f"(uint64_t){value} < {op.result.type.numel}"]
+            counted += [closed(evaluator.at(mask, at).text) for mask in masks]
+            nest.add(nest.depth, f"if ({' && '.join(counted)}) ++{result.array}[{value}];")
+
+        self.finish(nest.render(body))
+        self.kernel.storage[op.result] = result
+
     # -- atomics
 
     def atomic(self, op: Op) -> None:
@@ -364,6 +382,7 @@ class RootPrinter(ReducePrinter, DotPrinter, ReportPrinter, Clipper):
         "tt.cat": cat,
         "tt.unsplat": unsplat,
         "tt.gather": gather,
+        "tt.histogram": histogram,
         "tt.atomic_rmw": atomic,
         "tt.atomic_cas": atomic,
         "tt.reduce": ReducePrinter.reduce,
