@@ -4,6 +4,7 @@
     llm = effc.LLM("smollm2")                   text in, text out
     torch.compile(model, backend="effc")        without importing effc
     graph = effc.trace(model)                   then effc.passes.run(graph, [...])
+    effc.triton_cpu.enable()                    anyone's Triton kernels on CPU tensors
 
 Names are imported on first use: `import effc` costs nothing that is not asked for.
 """
@@ -16,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import passes
+    from . import passes, triton_cpu
     from .compiler.errors import CacheError, EffcError, InputError, ModelError, ToolchainError
     from .compiler.trace import trace
     from .llm import LLM, Completion
@@ -42,6 +43,9 @@ HOMES = {
 }
 """Public name -> the module that defines it."""
 
+MODULES = ("passes", "triton_cpu")
+"""Modules that are public as they are."""
+
 __all__ = [
     "LLM",
     "CacheError",
@@ -57,14 +61,15 @@ __all__ = [
     "load",
     "passes",
     "trace",
+    "triton_cpu",
 ]
 
 
 def __getattr__(name: str) -> object:
     if name in HOMES:
         return getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)
-    if name == "passes":
-        return importlib.import_module(".passes", __name__)
+    if name in MODULES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module 'effc' has no attribute {name!r}")
 
 

@@ -29,6 +29,14 @@ class KernelFailed(EffcError, AssertionError):
     """A kernel stopped while it ran: a device_assert did not hold. The memory it writes is in an unknown state."""
 
 
+class TooLargeKernel(UnsupportedKernel):
+    """A Triton kernel's blocks need more memory than a program has. needed, limit: bytes."""
+
+    def __init__(self, message: str, needed: int, limit: int) -> None:
+        super().__init__(message)
+        self.needed, self.limit = needed, limit
+
+
 def one_line(error: BaseException) -> str:
     """What another library says, fit to stand inside one of our lines."""
     text = " ".join(str(error).split()) or type(error).__name__

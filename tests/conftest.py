@@ -19,6 +19,7 @@ def pytest_configure() -> None:
     """Tests keep out of the user's models and programs; what they compile serves the next run."""
     folder = os.environ.get(TEST_CACHE) or platformdirs.user_cache_path("effc-tests", appauthor=False)
     os.environ["EFFC_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(Path(folder) / "triton")
 
 
 @pytest.fixture(scope="session")

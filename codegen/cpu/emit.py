@@ -2,20 +2,20 @@
 
 import os
 
-from ...compiler.errors import UnsupportedKernel
+from ...compiler.errors import TooLargeKernel
 from .cells import Cell, Stored, constant_cell, constant_zero, row_major
 from .ir import Block, Function, Op, Type, Value
 from .memory import from_memory, to_memory
 from .plan import Plan, is_lazy
 from .roots import RootPrinter
-from .spelling import SCALAR, is_elementwise, scalar_type, spell, unsupported
+from .spelling import BYTES, SCALAR, is_elementwise, scalar_type, spell, unsupported
 
 PROGRAM = ("pid_x", "pid_y", "pid_z")
 GRID = ("num_x", "num_y", "num_z")
 AXES = {"x": 0, "y": 1, "z": 2}
 LARGE = 1 << 30
 IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.return", "ub.poison"))
-MAX_STACK = 1 << 20
+STACK_LIMIT = 4 << 20  # half of what threads usually have
 
 
 class KernelPrinter:
@@ -67,10 +67,13 @@ class KernelPrinter:
 
     def array(self, value_type: Type, hint: str) -> Stored:
         name = self.fresh(hint)
-        self.stack_bytes += value_type.numel * 8
-        if self.stack_bytes > 8 * MAX_STACK:
-            raise UnsupportedKernel(
-                f"kernel {self.name}: its blocks need more than {MAX_STACK >> 20} MiB of stack on CPU; use smaller ones"
+        self.stack_bytes += value_type.numel * array_bytes(value_type)
+        if self.stack_bytes > STACK_LIMIT:
+            raise TooLargeKernel(
+                f"kernel {self.name}: its blocks need more than {STACK_LIMIT >> 20} MiB of stack on CPU;"
+                " use smaller ones",
+                self.stack_bytes,
+                STACK_LIMIT,
             )
         self.emit(f"alignas(64) {array_type(value_type)} {name}[{value_type.numel}];")
         return Stored(name, value_type, row_major(value_type.shape))
@@ -260,6 +263,11 @@ class KernelPrinter:
 
 def array_type(type_: Type) -> str:
     return {"i1": "uint8_t", "ptr": "int64_t"}.get(type_.element) or SCALAR[type_.element]
+
+
+def array_bytes(type_: Type) -> int:
+    """Size of one element of an array on the stack."""
+    return {"f16": 4, "bf16": 4, "ptr": 8, "index": 8}.get(type_.element) or BYTES[type_.element]
 
 
 def declaration(type_: str, name: str) -> str:

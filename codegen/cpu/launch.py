@@ -144,7 +144,12 @@ def launch(kernel: CppKernel, grid: tuple[int, ...], *args, target: CpuTarget | 
 
 
 def available_threads() -> int:
-    """How many threads run a launch: as many as PyTorch's own operators take."""
+    """How many threads run a launch: as many as PyTorch's own operators take, one in a forked child."""
     import torch
 
-    return torch.get_num_threads()
+    return 1 if FORKED else torch.get_num_threads()
+
+
+FORKED: list[bool] = []
+"""Not empty in a child of a process that had imported this: OpenMP's threads stay behind in the parent."""
+os.register_at_fork(after_in_child=lambda: FORKED.append(True))

@@ -99,9 +99,13 @@ class Team {
   }
 };
 
-// program(0), ..., program(programs - 1), on threads.
+// program(0), ..., program(programs - 1), on threads. One thread alone asks for no team: in a forked child, the OpenMP
+// runtime would wait for threads that stayed in the parent.
 template <typename F> static inline void for_each(int64_t programs, int threads, F program) {
-  if (programs == 1) return program(0);
+  if (threads == 1 || programs <= 1) {
+    for (int64_t p = 0; p < programs; ++p) program(p);
+    return;
+  }
   Team team(threads);
   on_threads(team.threads(), [&] { team.run(1, programs, program); });
 }

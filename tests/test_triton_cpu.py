@@ -1,0 +1,476 @@
+"""`effc.triton_cpu.enable()`: Triton's own launches, caches and tuning on CPU tensors."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import effc
+import effc.triton_cpu
+import pytest
+import torch
+import triton
+import triton.language as tl
+from effc.compiler.errors import InputError, UnsupportedKernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+N = 1000
+
+
+@pytest.fixture(autouse=True)
+def enabled(one_thread, monkeypatch):
+    with effc.triton_cpu.enable():
+        yield
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    print(f"seed {seed}")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@triton.jit
+def add_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr = 128):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n)
+    y = tl.load(y_ptr + i, mask=i < n)
+    tl.store(out_ptr + i, x + y, mask=i < n)
+
+
+def test_a_launch_by_position_by_name_by_default_and_with_options_for_gpus():
+    x, y = random(N), random(N, seed=1)
+    outs = [torch.zeros(N) for _ in range(4)]
+    add_kernel[(8,)](x, y, outs[0], N)
+    add_kernel[8, 1, 1](x, y, outs[1], N, 128, num_warps=8, num_stages=4, num_ctas=1, maxnreg=64)
+    compiled = add_kernel[lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]),)](
+        n=N, out_ptr=outs[2], y_ptr=y, x_ptr=x, BLOCK=256
+    )
+    add_kernel.run(x, y, outs[3], N, grid=(8,), warmup=False)
+    for out in outs:
+        assert torch.equal(out, x + y)
+    assert "tt.func public @add_kernel" in compiled.asm["ttir"]
+    assert "static void add_kernel(float *x_ptr" in compiled.asm["cpp"]
+    assert compiled.asm["so"].startswith(b"\x7fELF")
+    assert compiled.metadata.target.backend == "cpu"
+
+
+def test_warmup_compiles_and_runs_nothing():
+    compiled = add_kernel.warmup(torch.float32, torch.float32, torch.float32, N, BLOCK=64, grid=(16,))
+    assert "tt.store" in compiled.asm["ttir"]
+    x, y, out = random(N), random(N, seed=1), torch.zeros(N)
+    add_kernel.warmup(x, y, out, N, BLOCK=64, grid=(16,))
+    assert not out.any()
+    compiled[(16, 1, 1)](x, y, out, N, 64)
+    assert torch.equal(out, x + y)
+
+
+def test_compile_for_a_named_target():
+    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}
+    source = ASTSource(add_kernel, signature, {"BLOCK": 32})
+    for arch, flag in ((0, ""), ("generic", "generic")):
+        compiled = triton.compile(source, target=GPUTarget("cpu", arch, 1))
+        assert compiled.metadata.arch.startswith(flag)
+        x, y, out = random(N), random(N, seed=1), torch.zeros(N)
+        compiled[(32, 1, 1)](x, y, out, N, 32)
+        assert torch.equal(out, x + y)
+
+
+def test_integers_are_specialized_as_triton_does():
+    x = random(N)
+    texts = {}
+    for n in (1, 16, 7, 2**33):
+        compiled = add_kernel[(1,)](x, x, torch.empty(N), n, BLOCK=16)
+        texts[n] = compiled.asm["ttir"].split("tt.func", 1)[1].splitlines()[0]
+    assert "%n" not in texts[1]
+    assert "tt.divisibility = 16" in texts[16].split("%n")[1]
+    assert "i32" in texts[7].split("%n")[1]
+    assert "tt.divisibility" not in texts[7].split("%n")[1]
+    assert "i64" in texts[2**33].split("%n")[1]
+
+
+@triton.jit(do_not_specialize=["a"], do_not_specialize_on_alignment=["b"])
+def scalars_kernel(out_ptr, a, b, flag, x, half: tl.float16, narrow: tl.bfloat16, nothing, KIND: tl.constexpr):
+    if nothing is None:
+        tl.store(out_ptr + 0, a)
+    tl.store(out_ptr + 1, b)
+    tl.store(out_ptr + 2, x)
+    tl.store(out_ptr + 3, half.to(tl.float32))
+    tl.store(out_ptr + 4, narrow.to(tl.float32))
+    if flag:
+        tl.store(out_ptr + 5, KIND.to(tl.float32) if KIND == 3 else 0.5)
+
+
+def test_scalars_of_all_kinds():
+    out = torch.zeros(6, dtype=torch.float64)
+    third = 1 / 3
+    first = scalars_kernel[(1,)](out, 1, 48, True, third, third, third, None, KIND="name")
+    want = [1, 48, *(torch.tensor(third, dtype=d).item() for d in (torch.float32, torch.float16, torch.bfloat16)), 0.5]
+    assert out.tolist() == want
+    out.zero_()
+    again = scalars_kernel[(1,)](out, 5, 48, False, 2.0**70, third, third, None, KIND="name")
+    assert first is again, "neither 1 nor True compile anew where nothing is specialized"
+    assert out[0] == 5
+    assert out[2] == 2.0**70
+    assert out[5] == 0
+    scalars_kernel[(1,)](out, 2, 48, True, 1e300, third, third, None, KIND="name")
+    assert out[2] == float("inf")
+
+
+@triton.jit
+def containers_kernel(tensors, sizes, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(2):
+        total += tl.load(tensors[k] + i, mask=i < sizes[k], other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, total * sizes[2][1])
+
+
+def test_tuples_of_tensors_and_numbers():
+    x, y, out = random(64), random(64, seed=1, dtype=torch.bfloat16), torch.zeros(64)
+    containers_kernel[(1,)]((x, y), (50, 33, (1, 0.5)), out, BLOCK=64)
+    i = torch.arange(64)
+    assert torch.equal(out, (x.where(i < 50, 0) + y.float().where(i < 33, 0)) * 0.5)
+
+
+@triton.jit
+def transpose_kernel(source, target, BR: tl.constexpr, BC: tl.constexpr):
+    r, c = tl.program_id(0) * BR, tl.program_id(1) * BC
+    target.store([c, r], source.load([r, c]).T)
+
+
+def test_descriptors_made_by_the_host():
+    x, out = random(37, 52), torch.zeros(52, 40)
+    source, target = TensorDescriptor.from_tensor(x, [16, 16]), TensorDescriptor.from_tensor(out, [16, 16])
+    transpose_kernel[(3, 4)](source, target, 16, 16)
+    assert torch.equal(out[:, :37], x.T)
+    assert not out[:, 37:].any()
+
+
+@triton.jit
+def copy_kernel(sources, targets, n, stride, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    for k in tl.static_range(COUNT):
+        tl.store(targets[k] + i, tl.load(sources[k] + i * stride, mask=i < n), mask=i < n)
+
+
+def test_tensors_of_all_dtypes_and_strides():
+    dtypes = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+    dtypes += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    sources = [random(100, seed=k).mul(50).to(torch.int8).to(dtype)[::2] for k, dtype in enumerate(dtypes)]
+    targets = [torch.zeros(50, dtype=dtype) for dtype in dtypes]
+    copy_kernel[(1,)](tuple(sources), tuple(targets), 50, 2, COUNT=len(dtypes), BLOCK=64)
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(source, target), source.dtype
+
+
+def tuned(configs, **options):
+    return triton.autotune(configs=configs, key=["n"], **options)(
+        triton.heuristics({"EVEN": lambda args: args["n"] % args["BLOCK"] == 0})(tuned_kernel)
+    )
+
+
+@triton.jit
+def tuned_kernel(x_ptr, total_ptr, n, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i) if EVEN else tl.load(x_ptr + i, mask=i < n, other=0)
+    tl.atomic_add(total_ptr, tl.sum(x))
+    tl.store(x_ptr + i, x + 1, mask=i < n)
+
+
+def test_autotune_with_heuristics_restored_and_reset_arguments_and_hooks():
+    calls = []
+    configs = [triton.Config({"BLOCK": block}, num_warps=4, pre_hook=calls.append) for block in (64, 256)]
+    kernel = tuned(configs, reset_to_zero=["total_ptr"], restore_value=["x_ptr"])
+    x, total = torch.arange(500), torch.full((1,), 5)
+    compiled = kernel[lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]),)](x, total, 500)
+    assert torch.equal(x, torch.arange(1, 501)), "tuning left no trace, the launch one"
+    assert int(total) == 500 * 499 // 2
+    assert kernel.best_config in configs
+    assert len(calls) > 2
+    assert "atomic" in compiled.asm["ttir"]
+
+
+def test_autotune_goes_on_where_a_block_is_too_large():
+    configs = [triton.Config({"SIZE": size}) for size in (1 << 10, 16)]
+    kernel = triton.autotune(configs=configs, key=[])(large_kernel)
+    out = torch.zeros(1)
+    kernel[(1,)](random(1 << 11), out)
+    assert kernel.best_config.kwargs == {"SIZE": 16}
+    with pytest.raises(OutOfResources, match="stack"):
+        large_kernel[(1,)](random(1 << 11), out, SIZE=1 << 10)
+
+
+@triton.jit
+def large_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + i[:, None]) * tl.load(x_ptr + i[None, :])
+    tl.store(out_ptr, tl.sum(tl.dot(x, x, input_precision="ieee")))
+
+
+def test_do_bench_measures_milliseconds():
+    x = random(1 << 18)
+    out = torch.empty_like(x)
+    once = triton.testing.do_bench(lambda: add_kernel[(64,)](x, x, out, x.numel(), BLOCK=4096), warmup=1, rep=5)
+    assert 1e-3 < once < 1e3
+
+
+FACTOR = tl.constexpr(3)
+
+
+@triton.jit
+def global_kernel(out_ptr):
+    tl.store(out_ptr, FACTOR)
+
+
+def test_a_changed_global_is_noticed():
+    global FACTOR
+    out = torch.zeros(1)
+    global_kernel[(1,)](out)
+    assert out.item() == 3
+    FACTOR = tl.constexpr(4)
+    try:
+        with pytest.raises(RuntimeError, match="FACTOR has changed"):
+            global_kernel[(1,)](out)
+    finally:
+        FACTOR = tl.constexpr(3)
+
+
+def test_launch_hooks_see_launches():
+    seen = []
+    triton.knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
+    try:
+        x, out = random(N), torch.empty(N)
+        add_kernel[(8,)](x, x, out, N)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.calls.clear()
+    assert seen == ["add_kernel"]
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_elsewhere_is_refused_by_name():
+    x, out = random(N), torch.empty(N, device="meta")
+    with pytest.raises(InputError, match="kernel add_kernel: argument out_ptr is on meta") as error:
+        add_kernel[(8,)](x, x, out, N)
+    assert "\n" not in str(error.value)
+
+
+def test_a_number_of_the_wrong_type_is_refused_by_name():
+    @triton.jit
+    def kernel(out_ptr, n: tl.int32):
+        tl.store(out_ptr, n)
+
+    out = torch.zeros(1)
+    kernel[(1,)](out, 7)
+    assert out.item() == 7
+    for bad in (2**31, 0.5):
+        with pytest.raises(InputError, match=f"kernel kernel: argument n is {bad}, expected a number of type i32"):
+            kernel[(1,)](out, bad)
+
+
+def test_what_a_cpu_cannot_do_is_refused_with_the_line():
+    @triton.jit
+    def kernel(x_ptr):
+        i = tl.arange(0, 16)
+        x = tl.load(x_ptr + i)
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+        tl.store(x_ptr + i, y)
+
+    with pytest.raises(UnsupportedKernel, match=r"test_triton_cpu\.py:\d+: tt\.elementwise_inline_asm"):
+        kernel[(1,)](torch.zeros(16, dtype=torch.int32))
+    with pytest.raises(UnsupportedKernel, match="launch_cooperative_grid"):
+        add_kernel[(8,)](*[torch.zeros(N)] * 3, N, launch_cooperative_grid=True)
+    with pytest.raises(KeyError, match="nonsense"):
+        add_kernel[(8,)](*[torch.zeros(N)] * 3, N, nonsense=1)
+
+
+# --- threads and processes ---------------------------------------------------------------------------------------
+
+
+def test_two_python_threads_launch_at_once():
+    failures = []
+
+    def work(seed):
+        x, out = random(N, seed=seed), torch.empty(N)
+        for n in (N, N // 2) * 20:
+            out.zero_()
+            add_kernel[(triton.cdiv(n, 64),)](x, x, out, n, BLOCK=64)
+            if not torch.equal(out[:n], 2 * x[:n]):
+                failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+SCRIPT = """
+import sys
+import torch
+import triton
+import effc.triton_cpu
+
+effc.triton_cpu.enable()
+sys.path.insert(0, {folder!r})
+import foreign_kernels
+
+{body}
+"""
+
+
+def run_script(body, **environment):
+    """What a script prints that enables the CPU and imports tests/foreign_kernels.py, in a process of its own."""
+    script = SCRIPT.format(folder=str(Path(__file__).parent), body=body)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+FOREIGN = """
+def check():
+    for rows, columns in ((7, 1000), (3, 1024)):
+        x, gate = torch.randn(rows, columns), torch.randn(rows, columns)
+        out, count = foreign_kernels.GeGLU(0.5)(x, gate)
+        want = torch.nn.functional.gelu(x, approximate="tanh") * gate * 0.5
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+        assert count == rows
+        value, index = foreign_kernels.row_argmax(x)
+        assert torch.equal(value, x.max(1).values) and torch.equal(index, x.argmax(1).int())
+    return True
+
+torch.manual_seed(0)
+torch.set_num_threads(2)
+print(check())
+"""
+
+
+@pytest.fixture(scope="module")
+def used_cache(tmp_path_factory):
+    """Folders for both caches in which tests/foreign_kernels.py was compiled."""
+    folder = tmp_path_factory.mktemp("cache")
+    cache = {"EFFC_CACHE_DIR": str(folder / "effc"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    assert run_script(FOREIGN, **cache) == "True\n", "a file that imports only triton and torch runs unchanged"
+    return cache
+
+
+def test_a_second_process_compiles_nothing_and_a_forked_child_launches(used_cache):
+    body = """
+import os
+triton.compiler.ASTSource.make_ir = None
+os.environ["PATH"] = ""
+BODY
+x = torch.randn(3, 200)
+want = x.argmax(1).int()
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(foreign_kernels.row_argmax(x)[1], want) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    body = body.replace("BODY", FOREIGN)
+    compiler = shutil.which(os.environ.get("EFFC_CXX", "g++"))
+    assert run_script(body, EFFC_CXX=str(compiler), **used_cache) == "True\n0\n"
+
+
+def test_damaged_and_lost_libraries_are_built_again(used_cache):
+    libraries = sorted(Path(used_cache["EFFC_CACHE_DIR"]).rglob("*.so"))
+    assert len(libraries) > 2
+    for library in libraries[::2]:
+        library.write_bytes(library.read_bytes()[:5000])
+    for library in libraries[1::2]:
+        library.unlink()
+    assert run_script(FOREIGN, **used_cache) == "True\n"
+
+
+def test_the_interpreter_stays_what_it_is():
+    body = """
+x = torch.randn(2, 70)
+print(type(foreign_kernels._row_argmax).__name__, torch.equal(foreign_kernels.row_argmax(x)[1], x.argmax(1).int()))
+"""
+    assert run_script(body, TRITON_INTERPRET="1") == "InterpretedFunction True\n"
+
+
+# --- on and off --------------------------------------------------------------------------------------------------
+
+
+def test_off_means_as_before():
+    driver = triton.runtime.driver
+    inside = driver.active
+    with effc.triton_cpu.enable("generic"):
+        assert driver.active.get_current_target() == GPUTarget("cpu", "generic", 1)
+        out = torch.zeros(N)
+        assert add_kernel[(8,)](out, out, out, N).metadata.arch == "generic"
+    assert driver.active is inside
+    effc.triton_cpu.disable()
+    assert not effc.triton_cpu.is_enabled()
+    assert "cpu" not in triton.backends.backends
+    with pytest.raises(RuntimeError):
+        add_kernel[(8,)](out, out, out, N)
+
+
+class OnDevice:
+    """As much of a tensor on a GPU as Triton asks for."""
+
+    dtype, device, is_cpu = torch.float32, torch.device("cuda", 0), False
+
+    def data_ptr(self):
+        return 4096
+
+
+class FakeGpu:
+    """A GPU's driver; it compiles as for a CPU, and runs nothing."""
+
+    launches: list = []  # noqa: RUF012
+
+    def __init__(self):
+        from effc.codegen.cpu.driver import CpuUtils
+        from effc.codegen.cpu.target import host_target
+
+        self.utils = CpuUtils(host_target())
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 7
+
+    def get_current_target(self):
+        return GPUTarget("cpu", "generic", 1)
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: self.launches.append(arguments[9:])
+
+
+def test_a_gpu_keeps_its_launches():
+    effc.triton_cpu.disable()
+    gpu = FakeGpu()
+    triton.runtime.driver.set_active(gpu)
+    run = triton.JITFunction.run
+    try:
+        with effc.triton_cpu.enable():
+            tensor, x, out = OnDevice(), random(N), torch.zeros(N)
+            add_kernel[(8,)](tensor, tensor, tensor, N)
+            add_kernel[(8,)](tensor, x, tensor, N)
+            assert [arguments[1] is x for arguments in gpu.launches] == [False, True], "all of it, mixed or not"
+            add_kernel[(8,)](x, x, out, N)
+            assert torch.equal(out, 2 * x)
+            assert len(gpu.launches) == 2
+            configs = [triton.Config({"BLOCK": block}) for block in (64, 128)]
+            total = torch.zeros(1, dtype=torch.int64)
+            tuned(configs, reset_to_zero=["total_ptr"])[lambda meta: (triton.cdiv(500, meta["BLOCK"]),)](
+                torch.zeros(500, dtype=torch.int64), total, 500
+            )
+            assert len(gpu.launches) == 2, "tuning on the CPU, too"
+            assert triton.runtime.driver.active.get_current_stream(0) == 7
+        assert triton.runtime.driver.active is gpu
+        assert triton.JITFunction.run is run
+    finally:
+        triton.runtime.driver.set_active(None)

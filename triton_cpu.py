@@ -1,0 +1,59 @@
+"""Triton kernels on CPU tensors, natively: anyone's `@triton.jit` functions, as they are.
+
+    import effc.triton_cpu
+
+    effc.triton_cpu.enable()                      for the rest of the process, or until disable()
+    with effc.triton_cpu.enable(): ...            for a while
+
+Afterwards `kernel[grid](...)` runs on CPU tensors, with `triton.autotune`, heuristics and `triton.testing.do_bench`,
+for kernels defined before or after. Kernels on a GPU's tensors go where they went before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .codegen.cpu.switch import Switch
+
+ENABLED: list[Switch] = []
+"""What is in Triton now, the last one on top."""
+
+
+class Enabled:
+    """What `enable` returns: leaving its block takes the backend out again."""
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = switch
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self.switch in ENABLED:
+            disable()
+
+
+def enable(isa: str | None = None) -> Enabled:
+    """Let Triton run kernels on the CPU.
+
+    isa: an instruction set below the CPU's ("avx2", "generic"); the default is the best one, or $EFFC_ISA.
+    Raises ToolchainError without a C++ compiler, InputError for an isa that is unknown or more than the CPU has.
+    """
+    from .codegen.cpu.switch import Switch
+    from .codegen.cpu.target import host_target
+
+    switch = Switch(host_target(isa))
+    switch.turn_on()
+    ENABLED.append(switch)
+    return Enabled(switch)
+
+
+def disable() -> None:
+    """Undo the last `enable`; nothing where there is none."""
+    if ENABLED:
+        ENABLED.pop().turn_off()
+
+
+def is_enabled() -> bool:
+    return bool(ENABLED)
