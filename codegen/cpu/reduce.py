@@ -278,11 +278,11 @@ class ReducePrinter:
         names = self.declare_accumulators(op, nest, copies, level, None)
 
         def body(copy: int) -> None:
-            at = nest.indices()
+            at, mine = nest.indices(), names[0 if along else copy]
             cells = [evaluator.at(operand, at) for operand in op.operands]
             if along:
                 cells = self.scan_lanes(op, evaluator, cells)
-            totals = accumulated(nest, names[copy])
+            totals = accumulated(nest, mine)
             texts = self.combined(evaluator, op, totals, cells)
             first = self.first_turn(nest, axis) if along else f"{nest.index_name[axis]} == 0"
             running = []
@@ -290,7 +290,7 @@ class ReducePrinter:
                 choice = f"{first} ? {evaluator.vector(cell, operand.type)} : {text}"
                 kind = lanes_type(operand.type.element, nest.width)
                 running.append((kind, nest.let(nest.depth, kind, f"{op.result.name}_so_far", choice)))
-            for (kind, name), total, target in zip(running, names[copy], targets, strict=True):
+            for (kind, name), total, target in zip(running, mine, targets, strict=True):
                 nest.add(nest.depth, f"{total} = {f'splat<{kind}>({name}[{nest.width - 1}])' if along else name};")
                 for line in evaluator.write(target, at, accumulated(nest, [name])[0]):
                     nest.add(nest.depth, line)
