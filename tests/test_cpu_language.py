@@ -13,8 +13,11 @@ import pytest
 import triton.language as tl
 
 RUNS = {
-    "test_cpu_target.py::test_elementwise_functions_are_within_2_ulp": """
-        abs ceil clamp cos erf exp exp2 floor fma log log2 maximum minimum rsqrt sigmoid sin sqrt""",
+    "test_cpu_math.py::test_fp32_functions_of_any_argument": """
+        abs ceil cos erf exp exp2 floor log log2 rsqrt sin sqrt sqrt_rn""",
+    "test_cpu_math.py::test_binary_operations_and_nan": "add clamp div_rn fdiv fma maximum minimum mul sub",
+    "test_cpu_math.py::test_umulhi": "umulhi",
+    "test_cpu_math.py::test_helpers_of_the_standard_library": "cdiv sigmoid softmax zeros_like",
     "test_cpu_types.py::test_rounding_to_every_smaller_float": "cast",
     "test_cpu_report.py::test_device_print_writes_a_line_for_each_element": "device_print static_print",
     "test_cpu_report.py::test_a_failed_device_assert_raises_with_its_line": "device_assert",
@@ -26,14 +29,13 @@ RUNS = {
     "test_cpu_target.py::test_atomics": "atomic_add atomic_max",
     "test_cpu_target.py::test_embedding_rows": "arange load program_id store",
     "test_cpu_target.py::test_loops_branches_and_while_with_results": "range where",
-    "test_cpu_matmul.py::test_carried_pointers_and_wrapped_indices": "cdiv dot num_programs zeros",
+    "test_cpu_matmul.py::test_carried_pointers_and_wrapped_indices": "dot num_programs zeros",
     "test_cpu_matmul.py::test_flash_attention": "full",
 }
 OPEN = {  # rows to fill: every name here wants a test, or a reason
     "elementwise": """
-        add div_rn fdiv mul sqrt_rn sub umulhi
         pair_uniform_to_normal philox philox_impl rand rand4x randint randint4x randn randn4x uint_to_uniform_float
-        inline_asm_elementwise map_elementwise zeros_like softmax""",
+        inline_asm_elementwise map_elementwise""",
     "structure": """
         advance associative_scan assume atomic_and atomic_cas atomic_load atomic_min atomic_or atomic_poll atomic_store
         atomic_xchg atomic_xor aggregate_replace bitonic_merge broadcast broadcast_to condition cumprod debug_barrier

@@ -43,6 +43,8 @@ template <> inline f32x8 round_down(f32x8 x) { return __builtin_ia32_roundps256(
 template <> inline f32x8 round_up(f32x8 x) { return __builtin_ia32_roundps256(x, 10); }
 template <> inline f32x8 round_to_even(f32x8 x) { return __builtin_ia32_roundps256(x, 8); }
 template <> inline f32x8 round_to_zero(f32x8 x) { return __builtin_ia32_roundps256(x, 11); }
+template <> inline f32x8 fused_multiply_add(f32x8 a, f32x8 b, f32x8 c) { return __builtin_ia32_vfmaddps256(a, b, c); }
+template <> inline f64x4 fused_multiply_add(f64x4 a, f64x4 b, f64x4 c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
 template <> inline f32x8 square_root(f32x8 x) { return __builtin_ia32_sqrtps256(x); }
 
 #ifndef __clang__  // which finds the following by itself, where gcc 12 goes by halves or lane by lane

@@ -53,6 +53,13 @@ template <> inline f32x16 round_up(f32x16 x) { return __builtin_ia32_rndscaleps_
 template <> inline f32x16 round_to_even(f32x16 x) { return __builtin_ia32_rndscaleps_mask(x, 8, x, -1, 4); }
 template <> inline f32x16 round_to_zero(f32x16 x) { return __builtin_ia32_rndscaleps_mask(x, 11, x, -1, 4); }
 
+template <> inline f32x16 fused_multiply_add(f32x16 a, f32x16 b, f32x16 c) {
+  return __builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4);
+}
+template <> inline f64x8 fused_multiply_add(f64x8 a, f64x8 b, f64x8 c) {
+  return __builtin_ia32_vfmaddpd512_mask(a, b, c, -1, 4);
+}
+
 #ifdef __clang__
 template <> inline f32x16 square_root(f32x16 x) { return __builtin_ia32_sqrtps512(x, 4); }
 #else  // clang finds the following by itself, where gcc 12 goes by halves or lane by lane

@@ -109,6 +109,14 @@ LANEWISE(square_root, __builtin_sqrt) LANEWISE(floor_lanes, __builtin_floor)
 LANEWISE(rint_lanes, __builtin_rint) LANEWISE(trunc_lanes, __builtin_trunc)
 #undef LANEWISE
 
+// a b + c rounded once. (Compilers fuse a * b + c only where the product has no other use.)
+template <typename F> static inline F fused_multiply_add(F a, F b, F c) {
+  if constexpr (Lanes<F>::count > 1) {
+    for (int k = 0; k < Lanes<F>::count; ++k) c[k] = fused_multiply_add<Element<F>>(a[k], b[k], c[k]);
+    return c;
+  } else if constexpr (sizeof(F) == 8) return __builtin_fma(a, b, c); else return __builtin_fmaf(a, b, c);
+}
+
 // fp32 x, or `whole` with x's sign where x has a fraction, which it has not from 2^23 on
 template <typename F> static inline F where_fractional(F x, F whole) {
   typedef Like<F, int32_t> I;

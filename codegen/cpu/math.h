@@ -36,19 +36,6 @@ template <typename F> static inline F float_remainder(F x, F y) {
     return x;
   } else if constexpr (sizeof(F) == 8) return __builtin_fmod(x, y); else return __builtin_fmodf(x, y);
 }
-template <typename F> static inline F fused_multiply_add(F a, F b, F c) {
-#ifdef __FP_FAST_FMAF
-  return a * b + c;
-#else
-  if constexpr (Lanes<F>::count == 1) {
-    if constexpr (sizeof(F) == 8) return __builtin_fma(a, b, c); else return __builtin_fmaf(a, b, c);
-  } else {
-    for (int k = 0; k < Lanes<F>::count; ++k) c[k] = fused_multiply_add<Element<F>>(a[k], b[k], c[k]);
-    return c;
-  }
-#endif
-}
-
 template <typename F> static inline F reciprocal_root(F x) { return 1 / square_root(x); }
 
 // NaN in either operand: `*_number` gives the other one, `*_nan` gives NaN.
@@ -126,19 +113,26 @@ template <typename F> static inline F logarithm2(F x) {
   }
 }
 
-// The angle is reduced by pi/2 in double: exact enough to 1e9; past that the C library reduces it.
+// The angle is reduced by pi/2 in double, in two parts of which the first has 33 bits: exact enough to 1e9 where products
+// are fused with sums, else to 1e6; past that the C library reduces it.
+#ifdef __FP_FAST_FMA
+const float REDUCED_HERE = 1e9f;
+#else
+const float REDUCED_HERE = 1e6f;
+#endif
 template <bool COSINE, typename F> static inline F sin_or_cos(F x) {
   typedef Like<F, double> D;
   typedef Int<F> I;
-  D d = convert<D>(x);
+  D d = convert<D>(absolute(x));
   D n = (d * 0.636619772367581343 + 6755399441055744.0) - 6755399441055744.0;
-  F r = convert<F>(d - n * 1.57079632679489661923 - n * 6.123233995736766036e-17);
+  F r = convert<F>(d - n * 1.57079632673412561417 - n * 6.07710050650619224932e-11);
   I q = convert<I>(n) + (COSINE ? 1 : 0);
   F z = r * r;
   F s = r + r * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
   F c = 1 - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
-  F y = bits<F>(bits<I>((q & 1) != 0 ? c : s) ^ ((q & 2) << 30));
-  I large = mask((absolute(x) > 1e9f) - I{});
+  I sign = COSINE ? I{} : bits<I>(x) & INT32_MIN;  // of the angle, -0 too
+  F y = bits<F>(bits<I>((q & 1) != 0 ? c : s) ^ ((q & 2) << 30) ^ sign);
+  I large = mask((absolute(x) > REDUCED_HERE) - I{});
   if (__builtin_expect(any_lane(large), 0)) return large != 0 ? (COSINE ? cos_large(x) : sin_large(x)) : y;
   return y;
 }
@@ -157,9 +151,8 @@ template <typename F> static inline F hyperbolic_tangent(F x) {
     p = p * z - 5.37397155531e-2f;
     p = p * z + 1.33314422036e-1f;
     p = p * z - 3.33332819422e-1f;
-    F near = x + x * z * p;
-    F far = copy_sign<F>(1 - 2 / (exponential<F>(2 * a) + 1), x);
-    return a < 0.625f ? near : far;
+    F near = a + a * z * p, far = 1 - 2 / (exponential<F>(2 * a) + 1);
+    return copy_sign<F>(a < 0.625f ? near : far, x);
   }
 }
 // |x| <= 1: x + x P(x^2); above: 1 - P(|x|)^4, which is 1 from 4 on. Minimax, 4e-8 and 5e-10.
@@ -201,6 +194,17 @@ template <typename V> static inline V divide(V a, V b) {
   }
 }
 template <typename V> static inline V remainder(V a, V b) { return a - divide<V>(a, b) * b; }
+// By the width or more: all bits are gone, or copies of the sign, as PTX has it (Triton leaves it open).
+template <typename V> static inline V shift_left(V a, V b) {
+  const Element<V> last = 8 * sizeof(Element<V>) - 1;
+  if constexpr (Lanes<V>::count == 1) return (b & last) == b ? (V)((uint64_t)a << (b & last)) : 0;
+  else return (b & last) == b ? a << (b & last) : V{};
+}
+template <typename V> static inline V shift_right(V a, V b) {
+  const Element<V> last = 8 * sizeof(Element<V>) - 1;
+  if constexpr ((Element<V>)-1 < 0) return a >> ((b & last) == b ? b : V{} + last);
+  else return (b & last) == b ? a >> (b & last) : V{};
+}
 template <typename V> static inline V multiply_high(V a, V b) {
   if constexpr (sizeof(Element<V>) == 4) return multiply_high_u32(a, b);
   else if constexpr (Lanes<V>::count == 1) return (V)(((unsigned __int128)(uint64_t)a * (uint64_t)b) >> 64);

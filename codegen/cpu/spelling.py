@@ -126,28 +126,27 @@ FLOAT_MOVES = {  # results that need no rounding to f16 or bf16
     "arith.maximumf": "max_nan<{V}>({0}, {1})",
     "arith.minimumf": "min_nan<{V}>({0}, {1})",
 }
-INTEGER = {
+INTEGER = {  # u0, u1: the operands without sign, of type U; S: back to type V
     "arith.addi": "{0} + {1}",
     "arith.subi": "{0} - {1}",
     "arith.muli": "{0} * {1}",
     "arith.andi": "{0} & {1}",
     "arith.ori": "{0} | {1}",
     "arith.xori": "{0} ^ {1}",
-    "arith.shli": "{0} << {1}",
-    "arith.shrsi": "{0} >> {1}",
-    "arith.shrui": "bits<{V}>(bits<{U}>({0}) >> bits<{U}>({1}))",
+    "arith.shli": "shift_left<{V}>({0}, {1})",
+    "arith.shrsi": "shift_right<{V}>({0}, {1})",
+    "arith.shrui": "{S}(shift_right<{U}>({u0}, {u1}))",
     "arith.divsi": "divide<{V}>({0}, {1})",
     "arith.remsi": "remainder<{V}>({0}, {1})",
-    "arith.divui": "bits<{V}>(divide<{U}>(bits<{U}>({0}), bits<{U}>({1})))",
-    "arith.remui": "bits<{V}>(remainder<{U}>(bits<{U}>({0}), bits<{U}>({1})))",
+    "arith.divui": "{S}(divide<{U}>({u0}, {u1}))",
+    "arith.remui": "{S}(remainder<{U}>({u0}, {u1}))",
     "arith.minsi": "({0} < {1} ? {0} : {1})",
     "arith.maxsi": "({0} > {1} ? {0} : {1})",
-    "arith.minui": "(bits<{U}>({0}) < bits<{U}>({1}) ? {0} : {1})",
-    "arith.maxui": "(bits<{U}>({0}) > bits<{U}>({1}) ? {0} : {1})",
+    "arith.minui": "({u0} < {u1} ? {0} : {1})",
+    "arith.maxui": "({u0} > {u1} ? {0} : {1})",
     "math.absi": "({0} < 0 ? -{0} : {0})",
-    "tt.mulhiui": "bits<{V}>(multiply_high<{U}>(bits<{U}>({0}), bits<{U}>({1})))",
+    "tt.mulhiui": "{S}(multiply_high<{U}>({u0}, {u1}))",
 }
-NARROW = {"arith.shrui": "({U})({0}) >> {1}"}  # scalars promote to int: cast, do not reinterpret
 COMPARE_INT = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
 COMPARE_UNSIGNED = {"ult": "<", "ule": "<=", "ugt": ">", "uge": ">="}
 COMPARE_FLOAT = {
@@ -246,9 +245,15 @@ def spell(op: Op, args: list[str], width: int) -> str:
     if op.name in INTEGER:
         if element == "i1":
             return spell_bool(op, args)
-        table = NARROW if width == 1 and op.name in NARROW else INTEGER
-        return table[op.name].format(*args, V=vector, U=unsigned(vector))
+        names = {"V": vector, "U": unsigned(vector), "S": reinterpret(vector, width)}
+        names |= {f"u{k}": f"{reinterpret(unsigned(vector), width)}({arg})" for k, arg in enumerate(args)}
+        return INTEGER[op.name].format(*args, **names)
     raise unsupported(op, "is not supported")
+
+
+def reinterpret(type_: str, width: int) -> str:
+    """A cast between signed and unsigned; arithmetic of small scalars is C's int, whatever their type."""
+    return f"({type_})" if width == 1 else f"bits<{type_}>"
 
 
 def rounded(text: str, element: str) -> str:
