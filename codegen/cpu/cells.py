@@ -54,6 +54,7 @@ def number(value: int) -> Cell:
 
 
 TRUE = Cell("uniform", "true", constant=True)
+FALSE = Cell("uniform", "false", constant=False)
 
 
 def constant_cell(op: Op) -> Cell:

@@ -2,15 +2,19 @@
 
 tl.sum(tl.where(c < n, x, 0))           the loop over c ends at n: what is past it adds 0
 e = exp(x); store(p, e, mask=c < n)     e's array is filled up to n: nobody reads past it
+x = load(p, mask=c < n, other=-inf)
+tl.sum(tl.exp(x - m), 0)                the loop ends at n: past it are equal terms, exp(-inf - m), added at once
 """
 
-from .affine import Conjunct, Map, conjuncts, through_view
+from .affine import Conjunct, Map, compare_conjunct, conjuncts, through_view
 from .ir import Op, Value
 from .nest import Extent, Nest
 from .plan import is_lazy
-from .spelling import parse_literal
+from .spelling import is_elementwise, parse_literal
 
 Number = float | int | bool
+TAIL_ADDS = ("arith.addf", "arith.addi")
+TAIL_PICKS = ("arith.maxnumf", "arith.maximumf", "arith.minnumf", "arith.minimumf", "arith.maxsi", "arith.minsi")
 
 
 class Clipper:
@@ -120,6 +124,55 @@ class Clipper:
         same = ("arith.extf", "arith.truncf", "arith.extsi", "arith.extui", "arith.sitofp", "arith.uitofp")
         return inner[0] if op.name in same else None
 
+    # -- values that are all the same outside of a mask
+
+    def tail_part(self, op: Op) -> Conjunct | None:
+        """The conjunct along a reduction's axis, its last dimension, outside of which all terms are equal.
+
+        Decided once, since arrays are cut by it before the reduction is printed. None where the terms outside of some
+        conjunct are neutral.
+        """
+        if op not in self.tails:
+            self.tails[op] = self.find_tail(op)
+        return self.tails[op]
+
+    def find_tail(self, op: Op) -> Conjunct | None:
+        single, identity = self.combiner(op.blocks[0]), self.identity(op)
+        value, axis = op.operands[0], op.attrs["axis"]
+        if len(op.operands) > 1 or identity is None or axis != len(value.type.shape) - 1 or value.type.shape[axis] < 2:
+            return None
+        exact = value.type.element in ("f32", "f64", "i32", "i64")
+        if single.name not in TAIL_PICKS and not (single.name in TAIL_ADDS and exact):
+            return None
+        at: Map = tuple(range(len(value.type.shape)))
+        parts = [part for part in self.mask_parts(value, at) if part.dim == axis]
+        if len(parts) != 1 or self.value_without(value, at, parts[0]) == identity:
+            return None
+        return parts[0] if self.same_without(value, at, parts[0]) else None
+
+    def same_without(self, value: Value, at: Map, part: Conjunct) -> bool:
+        """Whether `value` does not change along part.dim where `part` does not hold. Of stored values as well."""
+        op = value.op
+        if not value.type.is_tensor or part.dim not in at:
+            return True
+        if op is None:
+            return False
+        if (source := through_view(value, at)) is not None:
+            return self.same_without(*source, part)
+        if op.name in ("arith.constant", "tt.splat"):
+            return True
+        if op.name == "arith.cmpi" and value.type.element == "i1":
+            leaf = compare_conjunct(value, at, self.analysis)
+            if (leaf.dim, leaf.end) == (part.dim, part.end):
+                return True
+        if op.name == "tt.load":
+            if len(op.operands) < 2 or self.value_without(op.operands[1], at, part) is not False:
+                return False
+            return all(self.same_without(other, at, part) for other in op.operands[2:])
+        if op.name == "arith.andi" and value.type.element == "i1" and self.value_without(value, at, part) is False:
+            return True
+        return is_elementwise(op) and all(self.same_without(operand, at, part) for operand in op.operands)
+
     # -- values that nobody reads outside of a mask
 
     def unread_parts(self, value: Value) -> list[Conjunct]:
@@ -166,6 +219,8 @@ class Clipper:
             neutral = set()
             if identity is not None:
                 neutral = {(part.dim, part.end) for part in self.neutral_parts(op.operands[0], identity)}
+                if (tail := self.tail_part(op)) is not None:
+                    neutral.add((tail.dim, tail.end))
             for m in self.maps_of(op.operands[0], value):
                 if m[dim] is None:
                     return False

@@ -1,11 +1,12 @@
 """Print the expression of a tensor value at a point of a nest, down to loads, stored arrays and scalars."""
 
-from .affine import compare_conjunct, through_view
-from .cells import TRUE, ZERO, Cell, Index, Stored, constant_cell, constant_zero
+from .affine import Conjunct, compare_conjunct, through_view
+from .cells import FALSE, TRUE, ZERO, Cell, Index, Stored, constant_cell, constant_zero
 from .index_arithmetic import IndexArithmetic
 from .ir import Op, Type, Value
 from .memory import MemoryAccess
 from .nest import Nest
+from .plan import is_lazy
 from .spelling import is_elementwise, lanes_type, pointee_type, scalar_type, spell, unsupported
 
 
@@ -15,6 +16,7 @@ class Evaluator(MemoryAccess, IndexArithmetic):
     def __init__(self, kernel, nest: Nest):
         self.kernel, self.nest = kernel, nest
         self.storage: dict[Value, Stored] = kernel.storage
+        self.outside: tuple[Index, str] | None = None  # an index past the end of a mask along its dimension, that end
 
     # -- cells as C++ text
 
@@ -55,10 +57,21 @@ class Evaluator(MemoryAccess, IndexArithmetic):
             return cell
         return self.nest.remember(key, self.compute(value, at))
 
+    def past_the_mask(self, value: Value, at: tuple[Index, ...], part: Conjunct) -> Cell:
+        """`value` where `part`, a mask along one dimension, does not hold; all elements there are known to be equal."""
+        beyond = Index("0", 0, False, dim=part.dim)
+        self.outside = (beyond, part.end)
+        cell = self.at(value, tuple(beyond if index.dim == part.dim else index for index in at))
+        self.outside = None
+        return cell
+
     def compute(self, value: Value, at: tuple[Index, ...]) -> Cell:
-        if value.type.element == "i1" and (level := self.known(value, at)) is not None:
+        past = self.outside is not None and self.outside[0] in at
+        if past and self.is_the_mask(value, at):
+            return FALSE
+        if not past and value.type.element == "i1" and (level := self.known(value, at)) is not None:
             return TRUE.at_least(level)
-        if value in self.storage:
+        if value in self.storage and not (past and value.op is not None and is_lazy(value.op)):
             return self.read(self.storage[value], at, value)
         if not value.type.is_tensor:
             return self.kernel.scalar_cell(value)
@@ -83,6 +96,12 @@ class Evaluator(MemoryAccess, IndexArithmetic):
         if is_elementwise(op):
             return self.elementwise(op, [self.at(operand, at) for operand in op.operands])
         raise unsupported(op, "of a block is not supported")
+
+    def is_the_mask(self, value: Value, at: tuple[Index, ...]) -> bool:
+        if value.op is None or value.op.name != "arith.cmpi" or not value.type.is_tensor:
+            return False
+        part = compare_conjunct(value, tuple(index.dim for index in at), self.kernel.analysis)
+        return part.dim is not None and (part.dim, part.end) == (self.outside[0].dim, self.outside[1])
 
     def known(self, value: Value, at: tuple[Index, ...]) -> int | None:
         """The level at which the nest's own bounds make a mask true; None if they do not."""

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from .cells import Cell, Stored, constant_cell
+from .cells import Cell, Stored, closed, constant_cell
+from .clip import TAIL_ADDS
 from .evaluate import Evaluator
 from .ir import Block, Op, Value
 from .nest import Nest
@@ -78,6 +79,9 @@ class ReducePrinter:
     def reduce(self, op: Op) -> None:
         shape, axis = op.operands[0].type.shape, op.attrs["axis"]
         vector_dim, width = self.vector_dim(shape, op.operands)
+        tail = self.tail_part(op)
+        if tail is not None:
+            vector_dim, width = axis, min(self.kernel.lanes, shape[axis] & -shape[axis])
         others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
         along = vector_dim is None or vector_dim == axis
         order = [*others, axis] if along else [*others, vector_dim, axis]
@@ -89,6 +93,7 @@ class ReducePrinter:
         parts = []
         if identity is not None and len(op.operands) == 1:
             parts = [part for part in self.neutral_parts(op.operands[0], identity) if part.dim == axis]
+            parts += [tail] if tail is not None else []
         for part in self.unread_parts(op.result) if len(op.results) == 1 else []:
             dim = part.dim + (part.dim >= axis)
             if dim != vector_dim:
@@ -104,6 +109,7 @@ class ReducePrinter:
         copies = nest.chunks_per_turn if not along and vector_dim is not None else chains
         level = nest.level_of[axis] - 1
         names = self.declare_accumulators(op, nest, copies, level, identity)
+        past = None if tail is None else evaluator.past_the_mask(op.operands[0], nest.indices(), tail)
 
         def body(copy: int) -> None:
             at = nest.indices()
@@ -131,7 +137,7 @@ class ReducePrinter:
             if at_level != level:
                 return []
             if whole:
-                return self.fold_lanes(op, evaluator, names, results)
+                return self.fold_lanes(op, evaluator, names, results) + self.add_tail(op, nest, results, past)
             return self.write_columns(nest, names, results)
 
         self.finish(nest.render(body, chains, after))
@@ -202,6 +208,18 @@ class ReducePrinter:
                 nest.add(nest.depth, f"{self.reduced_place(nest, target, op.attrs['axis'])} = {text};")
 
         return nest.body_lines(fold)
+
+    def add_tail(self, op: Op, nest: Nest, results: list, past: Cell | None) -> list[str]:
+        """Combine a result with the equal terms past the end of the loop."""
+        if past is None:
+            return []
+        axis, single = op.attrs["axis"], self.combiner(op.blocks[0])
+        place, extent = self.reduced_place(nest, results[0], axis), nest.extents[axis]
+        rest = past.text
+        if single.name in TAIL_ADDS:
+            kind = lanes_type(op.operands[0].type.element, 1)
+            rest = f"{closed(rest)} * ({kind})({extent.size} - {extent.text})"
+        return [f"if ({extent.text} < {extent.size}) {place} = {spell(single, [place, closed(rest)], 1)};"]
 
     def combine_into(self, op: Op, evaluator: Evaluator, total: list[str], more: list[str]) -> None:
         nest = evaluator.nest

@@ -23,6 +23,7 @@ class RootPrinter(ReducePrinter, DotPrinter, ReportPrinter, Clipper):
     def __init__(self, kernel):
         self.kernel = kernel
         self.plan, self.analysis = kernel.plan, kernel.analysis
+        self.tails: dict[Op, Conjunct | None] = {}
 
     # -- what a value reads
 
