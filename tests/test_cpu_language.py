@@ -19,6 +19,9 @@ RUNS = {
     "test_cpu_math.py::test_umulhi": "umulhi",
     "test_cpu_math.py::test_helpers_of_the_standard_library": "cdiv sigmoid softmax zeros_like",
     "test_cpu_types.py::test_rounding_to_every_smaller_float": "cast",
+    "test_cpu_random.py::test_random_numbers_are_those_of_philox": """
+        pair_uniform_to_normal philox philox_impl rand rand4x randint randint4x randn randn4x uint_to_uniform_float""",
+    "test_cpu_random.py::test_map_elementwise_runs_a_scalar_function_with_loops": "map_elementwise",
     "test_cpu_report.py::test_device_print_writes_a_line_for_each_element": "device_print static_print",
     "test_cpu_report.py::test_a_failed_device_assert_raises_with_its_line": "device_assert",
     "test_cpu_report.py::test_static_assert_refuses_to_compile_and_static_range_unrolls": "static_assert static_range",
@@ -33,9 +36,6 @@ RUNS = {
     "test_cpu_matmul.py::test_flash_attention": "full",
 }
 OPEN = {  # rows to fill: every name here wants a test, or a reason
-    "elementwise": """
-        pair_uniform_to_normal philox philox_impl rand rand4x randint randint4x randn randn4x uint_to_uniform_float
-        inline_asm_elementwise map_elementwise""",
     "structure": """
         advance associative_scan assume atomic_and atomic_cas atomic_load atomic_min atomic_or atomic_poll atomic_store
         atomic_xchg atomic_xor aggregate_replace bitonic_merge broadcast broadcast_to condition cumprod debug_barrier
@@ -43,7 +43,9 @@ OPEN = {  # rows to fill: every name here wants a test, or a reason
         make_tensor_descriptor max_constancy max_contiguous multiple_of permute ravel reduce reduce_or squeeze
         store_tensor_descriptor swizzle2d topk unsqueeze view""",
 }
-REFUSED: dict[str, str] = {}
+REFUSED = {  # name: why
+    "inline_asm_elementwise": "PTX",
+}
 NO_OPERATION = {
     "types": """
         PropagateNan TRITON_MAX_TENSOR_NUMEL bfloat16 block_type const constexpr constexpr_type dtype float16 float32

@@ -14,7 +14,9 @@ PROGRAM = ("pid_x", "pid_y", "pid_z")
 GRID = ("num_x", "num_y", "num_z")
 AXES = {"x": 0, "y": 1, "z": 2}
 LARGE = 1 << 30
-IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.return", "ub.poison"))
+IGNORED = frozenset(
+    ("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.return", "tt.map_elementwise.return", "ub.poison")
+)
 STACK_LIMIT = 4 << 20  # half of what threads usually have
 
 

@@ -280,6 +280,8 @@ class Parser:
         op.operands = [self.lookup(name) for name in OPERAND.findall(line.split("<{")[0].split("({")[0])]
         if axis := re.search(r"axis = (\d+)", line):
             op.attrs["axis"] = int(axis[1])
+        if pack := re.search(r"pack = (\d+)", line):
+            op.attrs["pack"] = int(pack[1])
         op.attrs["reverse"] = "reverse = true" in line
         self.at += 1
         block, closing = self.parse_block()
@@ -294,7 +296,7 @@ class Parser:
         if op.name == "arith.constant":
             op.attrs["value"], op.attrs["types"] = parse_constant(body)
             return
-        if op.name in ("tt.print", "tt.assert"):
+        if op.name in ("tt.print", "tt.assert", "tt.elementwise_inline_asm"):
             written = STRING.search(body)
             op.attrs["text"], body = unescape(written[1]), body[: written.start()] + body[written.end() :]
         colon = body.rfind(" : ")

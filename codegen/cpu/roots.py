@@ -8,6 +8,7 @@ from .affine import Affine, Conjunct, Map, conjuncts, step, through_view
 from .cells import Stored, closed, row_major
 from .clip import Clipper
 from .dots import DotPrinter
+from .elementwise import MapPrinter
 from .evaluate import Evaluator
 from .ir import Op, Type, Value
 from .nest import Nest, indented
@@ -17,7 +18,7 @@ from .report import ReportPrinter
 from .spelling import BYTES, lanes_type, pointee_type, unsupported
 
 
-class RootPrinter(ReducePrinter, DotPrinter, ReportPrinter, Clipper):
+class RootPrinter(ReducePrinter, DotPrinter, ReportPrinter, MapPrinter, Clipper):
     """Prints roots of one kernel through `kernel.emit`."""
 
     def __init__(self, kernel):
@@ -389,6 +390,7 @@ class RootPrinter(ReducePrinter, DotPrinter, ReportPrinter, Clipper):
         "tt.reduce": ReducePrinter.reduce,
         "tt.scan": ReducePrinter.scan,
         "tt.dot": DotPrinter.dot,
+        "tt.map_elementwise": MapPrinter.map_elementwise,
         "tt.print": ReportPrinter.device_print,
         "tt.assert": ReportPrinter.device_assert,
     }
