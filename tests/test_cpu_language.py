@@ -34,14 +34,22 @@ RUNS = {
     "test_cpu_target.py::test_loops_branches_and_while_with_results": "range where",
     "test_cpu_matmul.py::test_carried_pointers_and_wrapped_indices": "dot num_programs zeros",
     "test_cpu_matmul.py::test_flash_attention": "full",
+    "test_cpu_reduce.py::test_welford_merges_three_results": "reduce",
+    "test_cpu_reduce.py::test_reductions_of_all_axes_and_kept_dimensions": "reduce_or",
+    "test_cpu_reduce.py::test_scans_of_tuples_both_ways": "associative_scan cumprod",
+    "test_cpu_reduce.py::test_sort_both_ways_and_the_largest": "topk",
+    "test_cpu_reduce.py::test_histogram_counts_what_the_mask_lets_in": "histogram",
+    "test_cpu_structure.py::test_hints_change_nothing": """
+        assume debug_barrier max_constancy max_contiguous multiple_of""",
+    "test_cpu_structure.py::test_shapes_are_turned_joined_and_cut": """
+        broadcast broadcast_to expand_dims interleave permute ravel squeeze unsqueeze view""",
+    "test_cpu_structure.py::test_grids_of_three_dimensions_and_swizzled_programs": "swizzle2d",
 }
 OPEN = {  # rows to fill: every name here wants a test, or a reason
     "structure": """
-        advance associative_scan assume atomic_and atomic_cas atomic_load atomic_min atomic_or atomic_poll atomic_store
-        atomic_xchg atomic_xor aggregate_replace bitonic_merge broadcast broadcast_to condition cumprod debug_barrier
-        dot_scaled expand_dims expect_zero histogram interleave load_tensor_descriptor make_block_ptr
-        make_tensor_descriptor max_constancy max_contiguous multiple_of permute ravel reduce reduce_or squeeze
-        store_tensor_descriptor swizzle2d topk unsqueeze view""",
+        advance atomic_and atomic_cas atomic_load atomic_min atomic_or atomic_poll atomic_store atomic_xchg
+        atomic_xor aggregate_replace bitonic_merge condition dot_scaled expect_zero load_tensor_descriptor
+        make_block_ptr make_tensor_descriptor store_tensor_descriptor""",
 }
 REFUSED = {  # name: why
     "inline_asm_elementwise": "PTX",

@@ -14,9 +14,9 @@ PROGRAM = ("pid_x", "pid_y", "pid_z")
 GRID = ("num_x", "num_y", "num_z")
 AXES = {"x": 0, "y": 1, "z": 2}
 LARGE = 1 << 30
-IGNORED = frozenset(
-    ("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.return", "tt.map_elementwise.return", "ub.poison")
-)
+IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.map_elementwise.return", "ub.poison"))
+CONTROL = {"scf.for": "print_for", "scf.if": "print_if", "scf.while": "print_while"}
+CONTROL |= {"scf.execute_region": "print_region"}
 STACK_LIMIT = 4 << 20  # half of what threads usually have
 
 
@@ -39,6 +39,7 @@ class KernelPrinter:
         self.nonnegative: set[Value] = set()
         self.stack_bytes = 0
         self.roots = RootPrinter(self)
+        self.regions: list[tuple[list[Value], str]] = []  # results of the inlined functions around, and their labels
         self.last_location: tuple[str, int] | None = None
         self.analysis.divisors |= function.divisors
 
@@ -97,10 +98,12 @@ class KernelPrinter:
     def op(self, op: Op) -> None:
         if op.name in IGNORED or op.name in ("scf.yield", "scf.condition"):
             return
-        if op.name in ("scf.for", "scf.if", "scf.while"):
+        if op.name in CONTROL:
             self.comment(op)
-            {"scf.for": self.print_for, "scf.if": self.print_if, "scf.while": self.print_while}[op.name](op)
+            getattr(self, CONTROL[op.name])(op)
             self.last_location = None
+        elif op.name == "tt.return":
+            self.print_return(op)
         elif is_lazy(op):
             if op.result in self.plan.stored:
                 self.comment(op)
@@ -232,10 +235,31 @@ class KernelPrinter:
                 self.emit("} else {")
             self.indent += 1
             self.block(block)
-            if op.results:
+            if op.results and block.ops[-1].name == "scf.yield":
                 self.roots.assign_all(op.results, block.ops[-1].operands)
             self.indent -= 1
         self.emit("}")
+
+    def print_region(self, op: Op) -> None:
+        """What a function with several returns computes: each return sets the results and goes to the end."""
+        self.declare_results(op.results, op.results)
+        end = self.fresh("returned")
+        self.regions.append((op.results, end))
+        self.emit("{")
+        self.indent += 1
+        self.block(op.blocks[0])
+        self.indent -= 1
+        self.emit("}")
+        self.emit(f"{end}:;")
+        self.regions.pop()
+
+    def print_return(self, op: Op) -> None:
+        if self.regions:
+            results, end = self.regions[-1]
+            self.roots.assign_all(results, op.operands)
+            self.emit(f"goto {end};")
+        elif op.parent is not self.function.body:
+            self.emit("return;")
 
     def print_while(self, op: Op) -> None:
         before, after = op.blocks

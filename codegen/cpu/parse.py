@@ -10,6 +10,7 @@ from ...compiler.errors import UnsupportedKernel
 from .build import PRELUDE
 from .ir import Block, Function, Op, Type, Value
 from .normalize import normalize
+from .structure import FlatFunction, inlined
 
 LOCATION_LINE = re.compile(r"^(#loc\w*) = loc\((.*)\)$")
 FILE_LOCATION = re.compile(r'"([^"]+)":(\d+):\d+')
@@ -17,69 +18,37 @@ STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 RESULTS = re.compile(r"^((?:%[\w#.$-]+(?::\d+)?(?:, )?)+) = ")
 OP_NAME = re.compile(r'^"?([\w.]+)"?')
 DIVISIBILITY = re.compile(r"tt\.divisibility = (\d+)")
+LABEL = re.compile(r"\^\w+")
+CALLEE = re.compile(r"@(\"[^\"]*\"|[\w.$-]+)\(")
 OPERAND = re.compile(r"%[\w.$-]+(?:#\d+)?")
 TYPE = re.compile(
     r"tensor<([\dx]*)(!tt\.ptr<([\w.]+)(?:, \d+)?>|[\w.]+)>|!tt\.ptr<([\w.]+)(?:, \d+)?>"
     r"|\b(index|i\d+|bf16|f8E\w+|f\d+)\b"
 )
-C_KEYWORDS = frozenset(
-    [
-        "auto",
-        "bool",
-        "break",
-        "case",
-        "char",
-        "const",
-        "continue",
-        "default",
-        "delete",
-        "do",
-        "double",
-        "else",
-        "enum",
-        "extern",
-        "float",
-        "for",
-        "goto",
-        "if",
-        "inline",
-        "int",
-        "long",
-        "new",
-        "operator",
-        "private",
-        "public",
-        "register",
-        "return",
-        "short",
-        "signed",
-        "sizeof",
-        "static",
-        "struct",
-        "switch",
-        "template",
-        "this",
-        "typedef",
-        "union",
-        "unsigned",
-        "using",
-        "void",
-        "volatile",
-        "while",
-        "and",
-        "or",
-        "not",
-        "xor",
-        "class",
-        "namespace",
-        "try",
-        "catch",
-        "true",
-        "false",
-        "main",
-    ]
+CPP_KEYWORDS = """
+    alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t char8_t class co_await
+    co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype default delete do
+    double dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable
+    namespace new noexcept not not_eq nullptr operator or or_eq private protected public register reinterpret_cast
+    requires return short signed sizeof static static_assert static_cast struct switch template this thread_local throw
+    true try typedef typeid typename typeof union unsigned using virtual void volatile wchar_t while xor xor_eq main
+"""
+MACROS_AND_TYPES = re.compile(
+    r"__\w*|_[A-Z]\w*|\w+_t|[fiu]\d+x\d+|U?INT\w*|(SIZE|PTRDIFF|WCHAR|WINT|SIG_ATOMIC)_\w+|NULL|EOF"
 )
-PRELUDE_NAMES = frozenset(re.findall(r"\b(\w+)(?=[(<])", PRELUDE)) | {"tt", "dot"}
+TAKEN_NAMES = (
+    frozenset(CPP_KEYWORDS.split())
+    | frozenset(re.findall(r"\b(\w+)(?=[(<])", PRELUDE))
+    | {"tt", "dot", "report", "launch", "linux", "unix"}
+)
+
+
+def c_name(name: str) -> str:
+    """A name of Triton IR, fit for C++: neither a word of the language nor of what kernels stand on."""
+    clean = re.sub(r"\W", "_", name)
+    if clean[0].isdigit() or clean in TAKEN_NAMES or MACROS_AND_TYPES.fullmatch(clean):
+        return "v" + clean
+    return clean
 
 
 def parse_type(match: re.Match) -> Type:
@@ -106,6 +75,7 @@ class Parser:
         self.text = text
         self.lines: list[str] = []
         self.locations: dict[str, str] = {}
+        self.known_places: dict[str, tuple[tuple[str, int], ...]] = {}
         for line in text.splitlines():
             if found := LOCATION_LINE.match(line):
                 self.locations[found[1]] = found[2]
@@ -113,28 +83,35 @@ class Parser:
                 self.lines.append(line.strip())
         self.at = 0
         self.scopes: list[dict[str, Value]] = [{}]
+        self.divisors: dict[Value, int] = {}
         self.taken: set[str] = {"pid_x", "pid_y", "pid_z", "num_x", "num_y", "num_z"}
 
     # -- names, types and places
 
-    def location(self, text: str, depth: int = 0) -> tuple[str, int] | None:
-        """The line of the kernel's author: for inlined code the outermost caller."""
-        if depth > 20:
-            return None
-        if found := re.match(r"callsite\((#loc\w*) at (#loc\w*)\)", text):
-            return self.location(self.locations.get(found[2], ""), depth + 1)
-        if text.startswith("#loc"):
-            return self.location(self.locations.get(text, ""), depth + 1)
-        if found := re.match(r'"[^"]*"\((#loc\w*)\)', text):
-            return self.location(self.locations.get(found[1], ""), depth + 1)
-        if found := FILE_LOCATION.match(text):
-            return found[1], int(found[2])
-        return None
+    def places(self, text: str) -> tuple[tuple[str, int], ...]:
+        """Files and lines that a location stands for: where it is written, then who calls that, and so on."""
+        if text not in self.known_places:
+            self.known_places[text] = ()  # a location that contains itself ends here
+            if found := re.match(r"callsite\((.*) at (#loc\w*)\)$", text):
+                places = self.places(found[1]) + self.places(found[2])
+            elif text.startswith("#loc"):
+                places = self.places(self.locations.get(text, ""))
+            elif found := re.match(r'"[^"]*"\((#loc\w*)\)', text):
+                places = self.places(found[1])
+            else:
+                found = FILE_LOCATION.match(text)
+                places = ((found[1], int(found[2])),) if found else ()
+            self.known_places[text] = places
+        return self.known_places[text]
+
+    def location(self, text: str) -> tuple[str, int] | None:
+        """The innermost line that is not Triton's own."""
+        places = self.places(text)
+        written = [place for place in places if "/triton/language/" not in place[0].replace("\\", "/")]
+        return next(iter(written or places), None)
 
     def define(self, name: str, type_: Type, op: Op | None = None) -> Value:
-        clean = re.sub(r"\W", "_", name.lstrip("%"))
-        if clean[0].isdigit() or clean in C_KEYWORDS or clean in PRELUDE_NAMES:
-            clean = "v" + clean
+        clean = c_name(name.lstrip("%"))
         unique, count = clean, 1
         while unique in self.taken:
             count += 1
@@ -159,40 +136,58 @@ class Parser:
     # -- structure
 
     def parse(self) -> Function:
-        while not self.lines[self.at].startswith("tt.func"):
-            self.at += 1
-        header = re.sub(r' loc\("[^"]*"(\(#loc\w*\))?\)| loc\([^()]*\)', "", self.lines[self.at])
-        name = re.search(r"@([\w.]+)\(", header)[1]
-        inside = header[
-            header.index("(") + 1 : header.rindex(") attributes") if ") attributes" in header else header.rindex(")")
-        ]
-        args, divisors = [], {}
-        for found in re.finditer(r"(%[\w.$-]+): ([^%]+)", inside):
-            arg = self.define(found[1], types_in(found[2])[0])
-            args.append(arg)
-            if (promise := DIVISIBILITY.search(found[2])) and arg.type.element != "ptr":
-                divisors[arg] = int(promise[1])
-        self.at += 1
-        body, _ = self.parse_block()
-        if any(line.startswith("tt.func") for line in self.lines[self.at :]):
-            raise UnsupportedKernel(
-                f"kernel {name}: calls of functions that are not inlined (noinline) are not supported on CPU"
-            )
-        function = Function(name, args, body, self.text, divisors)
+        functions: dict[str, FlatFunction] = {}
+        while self.at < len(self.lines):
+            if self.lines[self.at].startswith("tt.func"):
+                function = self.parse_function()
+                functions[function.name] = function
+            else:
+                self.at += 1
+        kernel = next(iter(functions.values()))
+        function = Function(c_name(kernel.name), kernel.args, inlined(functions, kernel), self.text, self.divisors)
         normalize(function)
         function.number()
         return function
+
+    def parse_function(self) -> FlatFunction:
+        header = re.sub(r' loc\("[^"]*"(\(#loc\w*\))?\)| loc\([^()]*\)', "", self.lines[self.at])
+        name = CALLEE.search(header)[1]
+        inside = header[
+            header.index("(") + 1 : header.rindex(") attributes") if ") attributes" in header else header.rindex(")")
+        ]
+        self.scopes.append({})
+        function = FlatFunction(name, [])
+        for found in re.finditer(r"(%[\w.$-]+): ([^%]+)", inside):
+            arg = self.define(found[1], types_in(found[2])[0])
+            function.args.append(arg)
+            if (promise := DIVISIBILITY.search(found[2])) and arg.type.element != "ptr":
+                self.divisors[arg] = int(promise[1])
+        self.at += 1
+        label, block = "entry", Block()
+        while not (line := self.lines[self.at]).startswith("}"):
+            if line.startswith("^bb"):
+                function.blocks[label] = block
+                label, block = LABEL.match(line)[0], Block()
+                self.parse_block_args(block)
+            else:
+                block.ops.append(self.parse_op())
+        function.blocks[label] = block
+        self.at += 1
+        self.scopes.pop()
+        return function
+
+    def parse_block_args(self, block: Block) -> None:
+        line = re.sub(r" loc\(callsite\([^()]*\)\)| loc\([^()]*(\([^()]*\))?\)", "", self.lines[self.at])
+        block.args += [self.define(f[1], types_in(f[2])[0]) for f in re.finditer(r"(%[\w.$-]+): ([^%]+)", line)]
+        self.at += 1
 
     def parse_block(self) -> tuple[Block, str]:
         """Ops up to the line that closes the region; that line is returned too."""
         block = Block()
         self.scopes.append({})
         while not self.lines[self.at].startswith("}"):
-            line = self.lines[self.at]
-            if line.startswith("^bb"):
-                line = re.sub(r" loc\(callsite\([^()]*\)\)| loc\([^()]*(\([^()]*\))?\)", "", line)
-                block.args += [self.define(f[1], types_in(f[2])[0]) for f in re.finditer(r"(%[\w.$-]+): ([^%]+)", line)]
-                self.at += 1
+            if self.lines[self.at].startswith("^bb"):
+                self.parse_block_args(block)
             else:
                 block.ops.append(self.parse_op())
         closing = self.lines[self.at]
@@ -296,6 +291,13 @@ class Parser:
         if op.name == "arith.constant":
             op.attrs["value"], op.attrs["types"] = parse_constant(body)
             return
+        if op.name.startswith("cf."):
+            op.operands = [self.lookup(name) for name in OPERAND.findall(body)]
+            op.attrs["targets"] = LABEL.findall(body)
+            return
+        if op.name == "tt.call":
+            op.attrs["callee"] = CALLEE.search(body)[1]
+            body = CALLEE.sub("(", body)
         if op.name in ("tt.print", "tt.assert", "tt.elementwise_inline_asm"):
             written = STRING.search(body)
             op.attrs["text"], body = unescape(written[1]), body[: written.start()] + body[written.end() :]

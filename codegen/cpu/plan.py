@@ -27,6 +27,7 @@ STORED_RESULTS = frozenset(
         "scf.for",
         "scf.if",
         "scf.while",
+        "scf.execute_region",
         "tt.map_elementwise",
     ]
 )
