@@ -79,3 +79,15 @@ def row_argmax(x):
     indices = torch.empty(x.shape[0], dtype=torch.int32, device=DEVICE)
     _row_argmax[(x.shape[0],)](x, values, indices, x.stride(0), x.shape[1], BLOCK=64, num_warps=4)
     return values, indices
+
+
+@triton.jit
+def _negate(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, -tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+def negate(x):
+    out = torch.empty_like(x)
+    _negate[(triton.cdiv(x.numel(), 32),)](x, out, x.numel(), BLOCK=32)
+    return out

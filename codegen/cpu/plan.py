@@ -5,7 +5,7 @@ reductions, dots and control flow are, and so is what is costly and needed more 
 could overtake on the way to its consumer. All pointers may alias.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .affine import AffineAnalysis, is_trivial_reshape
 from .ir import Block, Function, Op, Value
@@ -49,11 +49,12 @@ def is_lazy(op: Op) -> bool:
 
 
 class Plan:
-    """`stored`: the tensors that get arrays. Decided once, before printing, from the last op to the first."""
+    """`stored`: the tensors that get arrays, and `why`. Decided once, before printing, from last op to first."""
 
     def __init__(self, function: Function):
         self.function = function
         self.stored: set[Value] = set()
+        self.why: dict[Value, str] = {}
         self.analysis = AffineAnalysis(self.stored)
         self.ops = list(function.body.walk())
         self.writes = [op for op in self.ops if op.name in WRITES]
@@ -62,17 +63,23 @@ class Plan:
         self.addresses = self.address_values()
         for op in self.ops:
             if op.name in STORED_RESULTS or (op.name == "tt.reshape" and not is_lazy(op)):
-                self.stored |= {value for value in op.results if value.type.is_tensor}
+                self.store(op.results, f"what {op.name} makes")
             for block in op.blocks:
-                self.stored |= {value for value in block.args if value.type.is_tensor}
+                self.store(block.args, f"carried by {op.name}")
             if op.name in ("tt.split", "tt.gather", "tt.reshape") and not is_lazy(op):
-                self.stored.add(op.operands[0])
+                self.store(op.operands[:1], f"what {op.name} reads")
             if op.name == "tt.store":
                 addresses = op.operands[:1] + op.operands[2:3]
-                self.stored |= {load for value in addresses for load in self.loads_in(value)}
+                self.store([load for value in addresses for load in self.loads_in(value)], "loaded for an address")
         for op in reversed(self.ops):
-            if is_lazy(op) and op.result not in self.stored and self.wants_array(op):
-                self.stored.add(op.result)
+            if is_lazy(op) and op.result not in self.stored and (why := self.why_array(op)):
+                self.store([op.result], why)
+
+    def store(self, values: Iterable[Value], why: str) -> None:
+        for value in values:
+            if value.type.is_tensor:
+                self.stored.add(value)
+                self.why.setdefault(value, why)
 
     def address_values(self) -> set[Value]:
         """What addresses and masks of memory are computed from."""
@@ -134,27 +141,32 @@ class Plan:
 
     # -- decisions
 
-    def wants_array(self, op: Op) -> bool:
+    def why_array(self, op: Op) -> str | None:
+        """Why the result of a lazy op gets an array; None if it is printed where it is used."""
         value = op.result
         consumers = self.consumers(value)
         if not consumers:
-            return False
+            return None
         if op.name == "tt.load" and any(self.overtaken(op, consumer) for consumer in consumers):
-            return True
+            return "loaded before a write that comes before its use"
         if (
             op.name in VIEWS
             or op.name in ("arith.constant", "tt.make_range", "tt.reshape")
             or value.type.element in ("ptr", "i1")
         ):
-            return False
+            return None
         self.costs.clear()
         spent = self.inline_cost(value)
         if cost(op) < COSTLY and (value in self.addresses or self.is_affine(value)):
-            return False
-        if spent >= COSTLY and (len(consumers) > 1 or self.broadcast_over_rows(value)):
-            return True
+            return None
+        if spent >= COSTLY and len(consumers) > 1:
+            return f"costs {spent} and is used {len(consumers)} times"
+        if spent >= COSTLY and self.broadcast_over_rows(value):
+            return f"costs {spent} and is used in every row"
         deeper = any(loops_between(consumer, op) for consumer in consumers)
-        return deeper and op.name != "tt.load" and spent >= LOAD_COST + 1
+        if deeper and op.name != "tt.load" and spent >= LOAD_COST + 1:
+            return "computed outside of the loop that uses it"
+        return None
 
     def is_affine(self, value: Value) -> bool:
         return self.analysis.of(value, tuple(range(len(value.type.shape)))) is not None
