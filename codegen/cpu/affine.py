@@ -175,7 +175,7 @@ def step(value: Value, at: Map, dim: int) -> int | None:
         if left is None or right is None:
             return None
         return left - right if op.name == "arith.subi" else left + right
-    if all(step(operand, at, dim) == 0 for operand in op.operands) and op.name.startswith("arith."):
+    if op.name.startswith("arith.") and all(step(operand, at, dim) == 0 for operand in op.operands):
         return 0
     return None
 

@@ -78,7 +78,7 @@ class DotPrinter:
         return stored
 
     def stored_operand(self, stored: Stored, at: Map, dims: tuple[int, int]) -> Operand:
-        stride = dict(zip(at, stored.strides, strict=True))
+        stride = {dims[0]: 0, dims[1]: 0} | dict(zip(at, stored.strides, strict=True))
         dtype = {"i8": "i8"}.get(stored.type.element, "fp32")
         values = {"bf16": "bf16"}.get(stored.type.element, "")  # arrays hold 16-bit floats as fp32
         pointer = stored.array + (f" + {stored.offset}" if stored.offset else "")
