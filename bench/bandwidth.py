@@ -24,6 +24,7 @@ extern "C" __attribute__((visibility("default"))) int32_t read_all(const char *d
     const Words *words = (const Words *)(data + block * BLOCK);
     Words seen[8] = {};
     for (int k = 0; k < BLOCK / (int)sizeof(Words); k += 8)
+#pragma GCC unroll 8
       for (int chain = 0; chain < 8; ++chain) seen[chain] |= words[k + chain];
     for (int chain = 1; chain < 8; ++chain) seen[0] |= seen[chain];
     for (int lane = 0; lane < LANES; ++lane)
@@ -67,6 +68,17 @@ def best_of(call: Callable[[], object], repeats: int) -> float:
         call()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def reader(*tensors: torch.Tensor) -> Callable[[], None]:
+    """A function that reads these tensors once, on all threads, as far as whole blocks go."""
+    library, threads = probes(host_target()), torch.get_num_threads()
+
+    def read() -> None:
+        for tensor in tensors:
+            library.read_all(tensor.data_ptr(), tensor.nbytes // BLOCK, threads)
+
+    return read
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 12, target: CpuTarget | None = None) -> float:

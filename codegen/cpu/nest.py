@@ -60,6 +60,7 @@ class Nest:
         self.cells: dict[tuple, Cell] = {}
         self.body: Body | None = None
         self.reverse: int | None = None  # a dimension whose loop counts down the indices
+        self.row_step = 1  # how far the innermost loop goes in a turn, where it is not along the vector dimension
         self.facts: dict[Value | tuple[int, str], int] = {}  # scalars, and `index[dim] < end`, known to hold at a level
 
     # -- names and statements
@@ -161,7 +162,7 @@ class Nest:
         name = self.index_name[self.vector_dim]
         only = self.chunks_per_turn * self.width >= self.shape[self.vector_dim]
         chunks = [str(k * self.width) if only else f"({name} + {k * self.width})" for k in range(self.chunks_per_turn)]
-        return self.loop(self.order[-1], self.body_lines(print_body, None, chunks))
+        return self.loop(self.order[-1], self.body_lines(print_body, None, chunks), self.row_step)
 
     def render_vector_loop(self, print_body: PrintBody, copies: int) -> list[str]:
         dim, width = self.vector_dim, self.width

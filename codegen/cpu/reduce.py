@@ -77,6 +77,8 @@ class ReducePrinter:
     # -- reductions
 
     def reduce(self, op: Op) -> None:
+        if self.sum_of_products(op):
+            return
         shape, axis = op.operands[0].type.shape, op.attrs["axis"]
         vector_dim, width = self.vector_dim(shape, op.operands)
         tail = self.tail_part(op)

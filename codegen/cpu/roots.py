@@ -13,12 +13,13 @@ from .evaluate import Evaluator
 from .ir import Op, Type, Value
 from .nest import Nest, indented
 from .plan import is_lazy
+from .products import ProductPrinter
 from .reduce import ReducePrinter
 from .report import ReportPrinter
 from .spelling import BYTES, lanes_type, pointee_type, unsupported
 
 
-class RootPrinter(ReducePrinter, DotPrinter, ReportPrinter, MapPrinter, Clipper):
+class RootPrinter(ReducePrinter, ProductPrinter, DotPrinter, ReportPrinter, MapPrinter, Clipper):
     """Prints roots of one kernel through `kernel.emit`."""
 
     def __init__(self, kernel):

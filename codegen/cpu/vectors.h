@@ -23,6 +23,10 @@ namespace tt {
   typedef uint64_t u64x##N __attribute__((vector_size(8 * N)));
 VECTORS(2) VECTORS(4) VECTORS(8) VECTORS(16)
 #undef VECTORS
+typedef int8_t i8x32 __attribute__((vector_size(32)));  // bytes alone come in vectors as wide as registers
+typedef int8_t i8x64 __attribute__((vector_size(64)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
 // Vec<T, N>: N lanes of T; Vec<T, 1> is T itself.
 template <typename T, int N> struct VecOf { typedef T type __attribute__((vector_size(sizeof(T) * N))); };
