@@ -13,9 +13,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from effc.codegen.cpu import CpuTarget, host_target, lower
+from effc.codegen.cpu import PRELUDE, CpuTarget, host_target, lower
 from effc.codegen.cpu.build import with_prelude
-from effc.codegen.cpu.target import COMMON_FLAGS, available_isas
+from effc.codegen.cpu.target import COMMON_FLAGS, LANES, available_isas, best_isa
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TYPES |= {torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
@@ -211,6 +211,15 @@ def program(target: CpuTarget) -> str:
     return with_prelude("\n".join([*kernels, MAIN.format(bytes=end, calls="\n".join(calls))]))
 
 
+def compile_program(text: str, target: CpuTarget, folder: Path, more: tuple[str, ...] = ()) -> list[str]:
+    """Build C++ text with a `main`; returns the command that runs it."""
+    source, binary = folder / "program.cpp", folder / "program"
+    source.write_text(text)
+    flags = [flag for flag in target.flags if flag != "-shared"]
+    subprocess.run([target.cxx, *flags, "-Werror", *more, str(source), "-o", str(binary), "-lm"], check=True)
+    return [str(binary)]
+
+
 def results(target: CpuTarget, folder: Path, link: tuple[str, ...] = (), run: tuple[str, ...] = ()) -> list[dict]:
     """Build and run all cases; every argument's tensor after it, by case. Nothing between tensors may have changed."""
     places, end = layout()
@@ -220,11 +229,8 @@ def results(target: CpuTarget, folder: Path, link: tuple[str, ...] = (), run: tu
         tensor = bytes_of(CASES[number].args[name])
         before[place : place + len(tensor)] = tensor
         untouched[place : place + len(tensor)] = False
-    source, binary = folder / "cases.cpp", folder / "cases"
-    source.write_text(program(target))
-    flags = [flag for flag in target.flags if flag != "-shared"]
-    subprocess.run([target.cxx, *flags, "-Werror", *link, str(source), "-o", str(binary), "-lm"], check=True)
-    done = subprocess.run([*run, str(binary)], input=before.numpy().tobytes(), capture_output=True, check=True)
+    binary = compile_program(program(target), target, folder, link)
+    done = subprocess.run([*run, *binary], input=before.numpy().tobytes(), capture_output=True, check=True)
     after = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)
     assert torch.equal(after[untouched], before[untouched]), "memory between tensors was written"
     found: list[dict] = [{} for _ in CASES]
@@ -245,13 +251,31 @@ def check(found: list[dict]) -> None:
             )
 
 
+def check_lanes(target: CpuTarget, folder: Path, link: tuple[str, ...] = (), run: tuple[str, ...] = ()) -> None:
+    checks = (Path(__file__).parent / "lanes_check.cpp").read_text()
+    counts = (f"-DLANES={target.lanes}", f"-DHALF={target.lanes // 2}")
+    command = compile_program(PRELUDE + checks, target, folder, link + counts)
+    done = subprocess.run([*run, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(params=["g++", "clang++"])
+def compiler(request, monkeypatch):
+    if not shutil.which(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    monkeypatch.setenv("EFFC_CXX", request.param)
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("asked", available_isas())
-@pytest.mark.parametrize("cxx", ["g++", "clang++"])
-def test_all_instruction_sets_and_compilers(asked, cxx, tmp_path, monkeypatch):
-    if not shutil.which(cxx):
-        pytest.skip(f"{cxx} is not installed")
-    monkeypatch.setenv("EFFC_CXX", cxx)
+def test_all_instruction_sets_and_compilers(asked, tmp_path):
     check(results(host_target(asked), tmp_path))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("asked", list(LANES)[list(LANES).index(best_isa()) :])
+def test_lane_operations_are_those_of_single_elements(asked, tmp_path):
+    check_lanes(host_target(asked), tmp_path)
 
 
 def test_arm_under_an_emulator(tmp_path):
@@ -259,3 +283,4 @@ def test_arm_under_an_emulator(tmp_path):
         pytest.skip(f"{' and '.join(missing)} not installed")
     target = CpuTarget("generic", (), 4, ARM[0], "", COMMON_FLAGS)
     check(results(target, tmp_path, link=("-static",), run=(ARM[1],)))
+    check_lanes(target, tmp_path, link=("-static",), run=(ARM[1],))

@@ -51,21 +51,26 @@ template <typename V> static inline void store_first(Element<V> *p, V v, int32_t
   else if constexpr (sizeof(V) == 8) write_bytes((char *)p, bits<uint64_t>(v), n * sizeof(*p));
   else for (int k = 0; k < n; ++k) p[k] = v[k];
 }
+// A lane that is masked off reads and writes a spare element: that is cheaper than a branch that is hard to foresee.
 template <typename V> static inline V load_masked(const Element<V> *p, Like<V, int32_t> m) {
-  V v{};
-  for (int k = 0; k < Lanes<V>::count; ++k)
-    if (m[k]) v[k] = p[k];
+  const Element<V> zero = 0;
+  V v;
+  UNROLL for (int k = 0; k < Lanes<V>::count; ++k) v[k] = *(m[k] ? p + k : &zero);
   return v;
 }
 template <typename V> static inline void store_masked(Element<V> *p, V v, Like<V, int32_t> m) {
-  for (int k = 0; k < Lanes<V>::count; ++k)
-    if (m[k]) p[k] = v[k];
+  Element<V> spare;
+  UNROLL for (int k = 0; k < Lanes<V>::count; ++k) *(m[k] ? p + k : &spare) = v[k];
 }
 template <typename V> static inline V gather_masked(Like<V, int64_t> address, Like<V, int32_t> m) {
-  V v{};
-  for (int k = 0; k < Lanes<V>::count; ++k)
-    if (m[k]) v[k] = *(const Element<V> *)address[k];
+  const Element<V> zero = 0;
+  V v;
+  UNROLL for (int k = 0; k < Lanes<V>::count; ++k) v[k] = *(m[k] ? (const Element<V> *)address[k] : &zero);
   return v;
+}
+template <typename V> static inline void scatter_masked(Like<V, int64_t> address, Like<V, int32_t> m, V v) {
+  Element<V> spare;
+  UNROLL for (int k = 0; k < Lanes<V>::count; ++k) *(m[k] ? (Element<V> *)address[k] : &spare) = v[k];
 }
 
 // v[k + S], round the end.

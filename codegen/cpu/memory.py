@@ -92,12 +92,13 @@ class MemoryAccess:
         type_, width = op.result.type, self.nest.width
         vector = lanes_type(type_.element, width)
         small = f"_{type_.element}" if type_.element in SMALL_FLOATS else ""
-        addresses = self.vector(pointer, op.operands[0].type)
         mask_text = self.vector(masks, Type("i1")) if masks else f"~i32x{width}{{}}"
-        memory = "" if small else f", {pointee_type(op.operands[0].type)}"
-        text = (
-            f"gather{small}<{vector}{memory}>({addresses}, {mask_text}, {lanes or width}, {self.vector(other, type_)})"
-        )
+        rest = f"{mask_text}, {lanes or width}, {self.vector(other, type_)}"
+        if pointer.kind == "ramp" and pointer.stride == 1:
+            text = f"load{small}_where<{vector}>({pointer.text}, {rest})"
+        else:
+            memory = "" if small else f", {pointee_type(op.operands[0].type)}"
+            text = f"gather{small}<{vector}{memory}>({self.vector(pointer, op.operands[0].type)}, {rest})"
         if type_.element == "i1":
             text = f"-({text} & 1)"
         return self.named(level, vector, op.result.name, text, kind="vector")
@@ -120,6 +121,8 @@ class MemoryAccess:
             lanes = f"least({lanes}, {masks.text})" if lanes else masks.text
         if (masks is not None and masks.kind == "vector") or pointer.kind != "ramp":
             mask_text = self.vector(masks, Type("i1")) if masks else f"~i32x{width}{{}}"
+            if pointer.kind == "ramp" and pointer.stride == 1:
+                return [f"store_where({pointer.text}, {mask_text}, {lanes or width}, {text});"]
             memory = pointee_type(Type("ptr", (), element))
             addresses = self.vector(pointer, Type("ptr", (), element))
             return [f"scatter<{memory}>({addresses}, {mask_text}, {lanes or width}, {text});"]

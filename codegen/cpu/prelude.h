@@ -22,6 +22,16 @@ template <typename V, typename T> static inline void store_n(T *p, V v, int32_t 
   if (n >= Lanes<V>::count) return store(p, v);
   if (n > 0) store_first<Like<V, T>>(p, convert<Like<V, T>>(v), n);
 }
+// m: Like<V, int32_t>, lanes that are 0 touch nothing; n: lanes past it neither.
+template <typename V, typename T, typename M> static inline V load_where(const T *p, M m, int32_t n, V other) {
+  if (n < Lanes<V>::count) m &= below<M>(n);
+  if (all_lanes(m)) return load<V>(p);
+  return select(m, convert<V>(load_masked<Like<V, T>>(p, m)), other);
+}
+template <typename T, typename M, typename V> static inline void store_where(T *p, M m, int32_t n, V v) {
+  if (n < Lanes<V>::count) m &= below<M>(n);
+  if (all_lanes(m)) store(p, v); else store_masked<Like<V, T>>(p, convert<Like<V, T>>(v), m);
+}
 template <typename V, typename T> static inline V load_strided(const T *p, int64_t stride, int32_t n, V other) {
   const int N = Lanes<V>::count;
   if (n >= N) {
@@ -34,8 +44,8 @@ template <typename V, typename T> static inline V load_strided(const T *p, int64
 template <typename V, typename T> static inline void store_strided(T *p, int64_t stride, V v, int32_t n) {
   for (int k = 0; k < n; ++k) p[k * stride] = (T)v[k];
 }
-// Lanes of addresses. m: Like<V, int32_t>, lanes that are 0 touch nothing; n: lanes past it neither. As many scalar
-// loads are at least as fast as a gather instruction, unless they need a branch each.
+// Lanes of addresses, m and n as above. Scalar loads are at least as fast as a gather instruction, unless each needs a
+// branch.
 template <typename V, typename T, typename A, typename M>
 static inline V gather(A address, M m, int32_t n, V other) {
   const int N = Lanes<V>::count;
@@ -53,8 +63,7 @@ static inline void scatter(A address, M m, int32_t n, V v) {
   if (all_lanes(m)) {
     UNROLL for (int k = 0; k < N; ++k) *(T *)address[k] = (T)v[k];
   } else {
-    for (int k = 0; k < N; ++k)
-      if (m[k]) *(T *)address[k] = (T)v[k];
+    scatter_masked<Like<V, T>>(address, m, convert<Like<V, T>>(v));
   }
 }
 
@@ -97,6 +106,9 @@ template <typename F, typename D> static inline F truncate_f32(D d) {
   }                                                                                                              \
   template <typename V> static inline V load_##KIND##_n(const CODE *p, int32_t n, V other) {                     \
     return from_##KIND<V>(load_n<Like<V, CODE>>(p, n, to_##KIND(other)));                                        \
+  }                                                                                                              \
+  template <typename V, typename M> static inline V load_##KIND##_where(const CODE *p, M m, int32_t n, V other) { \
+    return from_##KIND<V>(load_where<Like<V, CODE>>(p, m, n, to_##KIND(other)));                                 \
   }                                                                                                              \
   template <typename V> static inline V load_##KIND##_strided(const CODE *p, int64_t s, int32_t n, V other) {    \
     return from_##KIND<V>(load_strided<Like<V, CODE>>(p, s, n, to_##KIND(other)));                               \
