@@ -39,6 +39,12 @@ RUNS = {
     "test_cpu_reduce.py::test_scans_of_tuples_both_ways": "associative_scan cumprod",
     "test_cpu_reduce.py::test_sort_both_ways_and_the_largest": "topk",
     "test_cpu_reduce.py::test_histogram_counts_what_the_mask_lets_in": "histogram",
+    "test_cpu_atomics.py::test_programs_update_the_same_elements": """
+        atomic_and atomic_min atomic_or atomic_xchg atomic_xor""",
+    "test_cpu_atomics.py::test_compare_and_swap_of_a_block": "atomic_cas",
+    "test_cpu_blocks.py::test_descriptors_cut_tiles_at_the_edges": """
+        load_tensor_descriptor make_tensor_descriptor store_tensor_descriptor""",
+    "test_cpu_blocks.py::test_block_pointers_advance_and_are_padded": "advance make_block_ptr",
     "test_cpu_structure.py::test_hints_change_nothing": """
         assume debug_barrier max_constancy max_contiguous multiple_of""",
     "test_cpu_structure.py::test_shapes_are_turned_joined_and_cut": """
@@ -47,9 +53,7 @@ RUNS = {
 }
 OPEN = {  # rows to fill: every name here wants a test, or a reason
     "structure": """
-        advance atomic_and atomic_cas atomic_load atomic_min atomic_or atomic_poll atomic_store atomic_xchg
-        atomic_xor aggregate_replace bitonic_merge condition dot_scaled expect_zero load_tensor_descriptor
-        make_block_ptr make_tensor_descriptor store_tensor_descriptor""",
+        atomic_load atomic_poll atomic_store aggregate_replace bitonic_merge condition dot_scaled expect_zero""",
 }
 REFUSED = {  # name: why
     "inline_asm_elementwise": "PTX",

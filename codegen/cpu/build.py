@@ -15,7 +15,12 @@ FOLDER = Path(__file__).parent
 HEADERS = ("vectors.h", "lanes_generic.h", "lanes_avx2.h", "lanes_avx512.h", "prelude.h", "math.h", "threads.h")
 PRELUDE: str = "".join((FOLDER / header).read_text() for header in HEADERS)
 # By what C++ that needs them says:
-RARE_HEADERS = {"f8E": "fp8.h", "report::": "report.h", "libdevice::": "libdevice.h"}
+RARE_HEADERS = {
+    "f8E": "fp8.h",
+    "report::": "report.h",
+    "plain_product": "plain_product.h",
+    "libdevice::": "libdevice.h",
+}
 NO_SPACE = os.strerror(errno.ENOSPC)
 
 

@@ -1,10 +1,13 @@
 """Print tt.dot: where its operands are, how far they go, and which array it adds to. The product itself is dot.py's."""
 
+from dataclasses import replace
+
 from .affine import Map, conjuncts, through_view
 from .cells import Stored
 from .dot import Operand, emit_dot
 from .ir import Op, Value
-from .spelling import HALF, parse_literal, unsupported
+from .nest import indented
+from .spelling import HALF, lanes_type, parse_literal, unsupported
 
 
 class DotPrinter:
@@ -12,9 +15,13 @@ class DotPrinter:
 
     def dot(self, op: Op) -> None:
         a, b, c = op.operands
-        if len(op.result.type.shape) != 2 or op.result.type.element not in ("f32", "i32"):
-            raise unsupported(op, f"of {op.result.type.element}{list(op.result.type.shape)} is not supported")
-        m, n = op.result.type.shape
+        shape, element = op.result.type.shape, op.result.type.element
+        if element not in ("f32", "i32", "f64"):
+            raise unsupported(op, f"of {element}{list(shape)} is not supported")
+        if len(shape) == 3 or element == "f64":
+            self.product_of_arrays(op)
+            return
+        m, n = shape
         k = a.type.shape[1]
         target = self.dot_target(op, c) or self.kernel.array(op.result.type, op.result.name + "_a")
         if self.kernel.storage.get(c) is not target:
@@ -29,6 +36,37 @@ class DotPrinter:
         )
         self.kernel.helpers.update(dict.fromkeys(code.helpers))
         self.kernel.emit_all(["{", *("  " + line for line in code.body), "}"])
+        self.kernel.storage[op.result] = target
+
+    def product_of_arrays(self, op: Op) -> None:
+        """A batch of products, or one in f64: every operand goes to an array."""
+        a, b, c = op.operands
+        *batch, m, n = op.result.type.shape
+        k = a.type.shape[-1]
+        target = self.dot_target(op, c) or self.kernel.array(op.result.type, op.result.name + "_a")
+        if self.kernel.storage.get(c) is not target:
+            self.assign(target, c)
+        left, right = self.materialize_here(a), self.materialize_here(b)
+        z = self.kernel.fresh("z")
+        at = {
+            x.array: f"{x.array} + {z} * {x.type.numel // batch[0]}" if batch else x.array
+            for x in (left, right, target)
+        }
+        if op.result.type.element == "f64" or m * n < 16:
+            width = min(self.kernel.lanes, n)
+            kinds = [lanes_type(x.type.element, 1) for x in (target, right)]
+            arguments = f"{at[left.array]}, {at[right.array]}, {at[target.array]}"
+            lines = [f"plain_product<{width}, {m}, {n}, {k}, {kinds[0]}, {kinds[1]}>({arguments});"]
+        else:
+            operands = [
+                self.stored_operand(replace(x, array=at[x.array], strides=x.strides[-2:]), dims, dims)
+                for x, dims in ((left, (0, 2)), (right, (2, 1)))
+            ]
+            code = emit_dot(*operands, at[target.array], (m, n, k), lanes=self.kernel.lanes)
+            self.kernel.helpers.update(dict.fromkeys(code.helpers))
+            lines = code.body
+        head = f"for (int32_t {z} = 0; {z} < {batch[0]}; ++{z}) {{" if batch else "{"
+        self.kernel.emit_all([head, *indented(lines), "}"])
         self.kernel.storage[op.result] = target
 
     def dot_target(self, op: Op, c: Value) -> Stored | None:

@@ -1,27 +1,47 @@
-"""Rewrite carried addresses into what they are: a start and a distance.
+"""Rewrites before anything is decided: each to fewer kinds of things that later steps must know.
 
     for ...: x = load(p); p += step        -->    for ...: x = load(p0 + d); d += step
 
 A tensor of pointers or integers that a loop only advances by the same amount everywhere needs no array, and its affine
 form stays known.
+
+    dot(a, b, c): f16                      -->    truncf(dot(a, b, extf(c)): f32)
 """
 
+from .builder import Builder, replace_uses
 from .ir import Block, Function, Op, Type, Value
 
 
 def normalize(function: Function) -> None:
     """Rewrite in place. The function must not be numbered yet."""
-    names = {value.name for op in function.body.walk() for value in op.results}
-    visit(function.body, names)
+    builder = Builder(function.body)
+    visit(function.body, builder, function.body)
 
 
-def visit(block: Block, names: set[str]) -> None:
+def visit(block: Block, builder: Builder, body: Block) -> None:
     for op in list(block.ops):
+        builder.location = op.location
         for inner in op.blocks:
-            visit(inner, names)
+            visit(inner, builder, body)
         if op.name == "scf.for":
             for k in reversed(range(len(op.results))):
-                advance(block, op, k, names)
+                advance(block, op, k, builder)
+        elif op.name == "tt.dot" and op.result.type.element == "f16":
+            widen(block, op, builder, body)
+
+
+def widen(block: Block, dot: Op, builder: Builder, body: Block) -> None:
+    """Accumulate in f32 and round once."""
+    c, result = dot.operands[2], dot.result
+    wide = Type("f32", result.type.shape)
+    before = builder.make("arith.extf", [c], wide, f"{c.name}_wide")
+    ops = builder.take()
+    total = builder.value(f"{result.name}_wide", wide, dot)
+    rounded = builder.make("arith.truncf", [total], result.type, f"{result.name}_rounded")
+    replace_uses(body, result, rounded)
+    dot.operands[2], dot.results = before, [total]
+    at = block.ops.index(dot)
+    block.ops[at : at + 1] = [*ops, dot, *builder.take()]
 
 
 def uniform_step(value: Value, arg: Value) -> Value | None:
@@ -40,7 +60,7 @@ def uniform_step(value: Value, arg: Value) -> Value | None:
     return step.operands[0] if step.name == "tt.splat" else op.operands[1]
 
 
-def advance(block: Block, loop: Op, k: int, names: set[str]) -> None:
+def advance(block: Block, loop: Op, k: int, builder: Builder) -> None:
     """Replace carried tensor k of `loop` by a scalar distance, if its yield only adds a uniform step."""
     body = loop.blocks[0]
     arg, result, init = body.args[k + 1], loop.results[k], loop.operands[k + 3]
@@ -49,52 +69,25 @@ def advance(block: Block, loop: Op, k: int, names: set[str]) -> None:
     step = uniform_step(yielded, arg)
     if step is None or arg.type.element not in ("ptr", "i32", "i64"):
         return
-    scalar = Type(step.type.element)
-
-    def value(hint: str, type_: Type, op: Op | None = None) -> Value:
-        name, count = hint, 1
-        while name in names:
-            count += 1
-            name = f"{hint}_{count}"
-        names.add(name)
-        made = Value(name, type_, op)
-        if op is not None:
-            op.results = [made]
-        return made
-
-    def make(name: str, operands: list[Value], type_: Type, hint: str, attrs: dict[str, object] | None = None) -> Op:
-        op = Op(name, operands, attrs=attrs or {}, location=loop.location)
-        value(hint, type_, op)
-        return op
-
-    literal = step.op.attrs["value"] if step.type.is_tensor else None
-    zero = make("arith.constant", [], scalar, f"{arg.name}_start", {"value": "0"})
-    distance = value(f"{arg.name}_distance", scalar)
+    scalar, wide = Type(step.type.element), Type(step.type.element, arg.type.shape)
     add = yielded.op.name
-    wide = Type(scalar.element, arg.type.shape)
-    spread = make("tt.splat", [distance], wide, f"{arg.name}_ahead")
-    moved = make(add, [init, spread.result], arg.type, f"{arg.name}_now")
-    before: list[Op] = []
-    if literal is not None:
-        constant = make("arith.constant", [], scalar, f"{arg.name}_step", {"value": literal})
-        before, step = [constant], constant.result
-    following = make("arith.addi", [distance, step], scalar, f"{arg.name}_next")
-    end = value(f"{result.name}_distance", scalar, None)
-    end.op = loop
-    spread_end = make("tt.splat", [end], wide, f"{result.name}_ahead")
-    last = make(add, [init, spread_end.result], result.type, f"{result.name}_end")
-    block.ops.insert(block.ops.index(loop), zero)
-    at = block.ops.index(loop) + 1
-    block.ops[at:at] = [spread_end, last]
-    body.args[k + 1], loop.results[k], loop.operands[k + 3] = distance, end, zero.result
-    terminator.operands[k] = following.result
-    body.ops[-1:] = [*before, following, terminator]
-    body.ops[0:0] = [spread, moved]
-    replace(body, arg, moved.result, keep=moved)
-    replace(block, result, last.result, keep=last)
-
-
-def replace(block: Block, old: Value, new: Value, keep: Op) -> None:
-    for op in block.walk():
-        if op is not keep:
-            op.operands = [new if operand is old else operand for operand in op.operands]
+    zero = builder.constant("0", scalar, f"{arg.name}_start")
+    before = builder.take()
+    distance = builder.value(f"{arg.name}_distance", scalar)
+    spread = builder.make("tt.splat", [distance], wide, f"{arg.name}_ahead")
+    moved = builder.make(add, [init, spread], arg.type, f"{arg.name}_now")
+    inside = builder.take()
+    if step.type.is_tensor:
+        step = builder.constant(step.op.attrs["value"], scalar, f"{arg.name}_step")
+    following = builder.make("arith.addi", [distance, step], scalar, f"{arg.name}_next")
+    body.ops[-1:] = [*builder.take(), terminator]
+    end = builder.value(f"{result.name}_distance", scalar, loop)
+    spread = builder.make("tt.splat", [end], wide, f"{result.name}_ahead")
+    last = builder.make(add, [init, spread], result.type, f"{result.name}_end")
+    at = block.ops.index(loop)
+    block.ops[at : at + 1] = [*before, loop, *builder.take()]
+    body.args[k + 1], loop.results[k], loop.operands[k + 3] = distance, end, zero
+    terminator.operands[k] = following
+    body.ops[0:0] = inside
+    replace_uses(body, arg, moved, keep=moved.op)
+    replace_uses(block, result, last, keep=last.op)

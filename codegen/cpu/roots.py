@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from .affine import Affine, Conjunct, Map, conjuncts, step, through_view
+from .atomics import AtomicPrinter
 from .cells import Stored, closed, row_major
 from .clip import Clipper
 from .dots import DotPrinter
@@ -16,10 +17,10 @@ from .plan import is_lazy
 from .products import ProductPrinter
 from .reduce import ReducePrinter
 from .report import ReportPrinter
-from .spelling import BYTES, lanes_type, pointee_type, unsupported
+from .spelling import BYTES
 
 
-class RootPrinter(ReducePrinter, ProductPrinter, DotPrinter, ReportPrinter, MapPrinter, Clipper):
+class RootPrinter(AtomicPrinter, ReducePrinter, ProductPrinter, DotPrinter, ReportPrinter, MapPrinter, Clipper):
     """Prints roots of one kernel through `kernel.emit`."""
 
     def __init__(self, kernel):
@@ -332,51 +333,6 @@ class RootPrinter(ReducePrinter, ProductPrinter, DotPrinter, ReportPrinter, MapP
         self.finish(nest.render(body))
         self.kernel.storage[op.result] = result
 
-    # -- atomics
-
-    def atomic(self, op: Op) -> None:
-        """One element at a time; other programs of the grid may run meanwhile."""
-        if op.name == "tt.atomic_cas":
-            pointer, expected, value = op.operands
-            call, masks, extra = "compare_exchange", [], [expected]
-        else:
-            pointer, value, *masks = op.operands
-            call, extra = f"atomic_{op.attrs['words'][0]}", []
-        element = value.type.element
-        if element not in ("i32", "i64", "f32", "f64"):
-            raise unsupported(op, f"of {element} is not supported")
-        memory = pointee_type(pointer.type)
-        shape = value.type.shape
-        if not shape:
-            args = ", ".join(self.kernel.text(v) for v in [pointer, *extra, value])
-            call_text = f"{call}<{memory}>({args})"
-            if masks:
-                call_text = f"{self.kernel.text(masks[0])} ? {call_text} : {memory}()"
-            self.kernel.let(op.result, call_text)
-            return
-        result = self.kernel.array(op.result.type, op.result.name + "_a") if op.result.uses else None
-        nest = self.nest(shape, None, 1)
-        evaluator = Evaluator(self.kernel, nest)
-
-        def body(_copy: int) -> None:
-            at = nest.indices()
-            args = ", ".join(evaluator.at(v, at).text for v in [pointer, *extra, value])
-            text = f"{call}<{memory}>({args})"
-            if masks:
-                text = f"{evaluator.at(masks[0], at).text} ? {text} : {memory}()"
-            old = nest.let(nest.depth, lanes_type(element, 1), op.result.name, text)
-            if result is not None:
-                place = " + ".join(f"{i.text} * {s}" for i, s in zip(at, result.strides, strict=True))
-                nest.add(nest.depth, f"{result.array}[{place}] = {old};")
-
-        for operand in [value, *masks, pointer]:  # every read comes before the first write
-            for read, _ in list(self.reads(operand, tuple(range(len(shape))))):
-                if read not in self.kernel.storage:
-                    self.materialize(read)
-        self.finish(nest.render(body))
-        if result is not None:
-            self.kernel.storage[op.result] = result
-
     PRINTERS: ClassVar[dict[str, Callable]] = {
         "tt.store": store,
         "tt.reshape": reshape,
@@ -386,8 +342,8 @@ class RootPrinter(ReducePrinter, ProductPrinter, DotPrinter, ReportPrinter, MapP
         "tt.unsplat": unsplat,
         "tt.gather": gather,
         "tt.histogram": histogram,
-        "tt.atomic_rmw": atomic,
-        "tt.atomic_cas": atomic,
+        "tt.atomic_rmw": AtomicPrinter.atomic,
+        "tt.atomic_cas": AtomicPrinter.atomic,
         "tt.reduce": ReducePrinter.reduce,
         "tt.scan": ReducePrinter.scan,
         "tt.dot": DotPrinter.dot,
