@@ -44,6 +44,18 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
+PLAIN_ISAS = [isa for isa in available_isas() if "+" not in isa]
+
+
+@pytest.fixture(
+    params=[isa if isa in PLAIN_ISAS[::2] else pytest.param(isa, marks=pytest.mark.slow) for isa in PLAIN_ISAS]
+)
+def outer_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As `isa`, for tests that compile much: what lies between the best instruction set and the least is slow."""
+    monkeypatch.setenv("EFFC_ISA", request.param)
+    return request.param
+
+
 @pytest.fixture(params=available_isas())
 def every_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As `isa`, and this CPU's instruction set without its extra features: for what they change, products."""

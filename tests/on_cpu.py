@@ -1,11 +1,13 @@
 """Run a Triton kernel through the CPU target, typed by its arguments."""
 
+import pytest
 import torch
 from effc.codegen.cpu import CppKernel, launch, lower
 
 TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.float8_e4m3fnuz: "fp8e4b8",
+    torch.float8_e5m2fnuz: "fp8e5b16", torch.bool: "i1",
     torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8", torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
 }  # fmt: skip
@@ -27,6 +29,17 @@ def compiled(fn, *args, **constants) -> CppKernel:
 
 def run(fn, grid, *args, **constants) -> None:
     launch(compiled(fn, *args, **constants), grid, *args)
+
+
+def run_over(fn, *tensors, block=256, **constants) -> None:
+    """One program for each `block` elements of the first tensor; `fn` takes the tensors, their length n, and BLOCK."""
+    n = tensors[0].numel()
+    run(fn, ((n + block - 1) // block,), *tensors, n, BLOCK=block, **constants)
+
+
+def some_slow(values, quick) -> list:
+    """Parameters of a sweep: those not in `quick` are left to the slow tests."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def randn(*shape, seed=0, dtype=torch.float32) -> torch.Tensor:

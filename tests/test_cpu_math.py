@@ -7,31 +7,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from effc.codegen.cpu import launch, lower
-from effc.codegen.cpu.target import LANES, best_isa
 from triton.language.extra import libdevice
 
-ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
-POINTERS = {
-    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8", torch.uint16: "*u16", torch.uint32: "*u32", torch.uint64: "*u64", torch.bool: "*i1",
-}  # fmt: skip
-BLOCK = 256
+from .on_cpu import run, run_over, some_slow
 
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("EFFC_ISA", request.param)
-    return request.param
-
-
-def run(fn, *tensors, **constants):
-    """One program for each BLOCK elements of the first tensor; `fn` takes the tensors, then their length."""
-    names = [name for name in fn.arg_names if name not in (*constants, "n", "BLOCK")]
-    signature = {name: POINTERS[x.dtype] for name, x in zip(names, tensors, strict=True)} | {"n": "i32"}
-    n = tensors[0].numel()
-    launch(lower(fn, signature, constants | {"BLOCK": BLOCK}), (triton.cdiv(n, BLOCK),), *tensors, n)
+COLUMNS = 256
 
 
 @triton.jit
@@ -83,10 +63,10 @@ def ulps(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     return (got.double() - want).abs() / torch.ldexp(torch.ones_like(want), exponent - bits)
 
 
-def test_fp32_functions_of_any_argument(isa):
+def test_fp32_functions_of_any_argument(outer_isa):
     x = arguments()
     outs = [torch.zeros_like(x) for _ in ULPS]
-    run(functions_kernel, x, *outs)
+    run_over(functions_kernel, x, *outs)
     wide = x.double()
     for (name, bound), got in zip(ULPS.items(), outs, strict=True):
         function = {"sqrt_rn": torch.sqrt}.get(name) or getattr(torch, name)
@@ -105,10 +85,10 @@ def test_fp32_functions_of_any_argument(isa):
         assert torch.equal(torch.signbit(got[zero]), torch.signbit(single[zero])), name
 
 
-def test_fp64_functions(isa):
+def test_fp64_functions(outer_isa):
     x = arguments()[::7].double() * (1 + 2.0**-30)
     outs = [torch.zeros_like(x) for _ in ULPS]
-    run(functions_kernel, x, *outs)
+    run_over(functions_kernel, x, *outs)
     for name, got in zip(ULPS, outs, strict=True):
         want = ({"sqrt_rn": torch.sqrt}.get(name) or getattr(torch, name))(x)
         finite = want.isfinite()
@@ -139,14 +119,14 @@ def binary_kernel(x_ptr, y_ptr, a, b, c, d, e, f, g, h, p, q, r, s, t, n, BLOCK:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_binary_operations_and_nan(dtype, isa):
+def test_binary_operations_and_nan(dtype, outer_isa):
     special = torch.tensor([0.0, -0.0, 1.0, -1.5, 7.0, 1e30, math.inf, -math.inf, math.nan], dtype=dtype)
     pairs = torch.cartesian_prod(special, special)
     noise = torch.randn(2, 1000, generator=torch.Generator().manual_seed(1), dtype=dtype) * 10
     print("seed 1")
     x, y = torch.cat([pairs[:, 0], noise[0]]), torch.cat([pairs[:, 1], noise[1]])
     outs = [torch.zeros_like(x) for _ in range(13)]
-    run(binary_kernel, x, y, *outs)
+    run_over(binary_kernel, x, y, *outs)
     product = x * y
     wants = [torch.fmax(x, y), torch.fmin(x, y), torch.maximum(x, y), torch.minimum(x, y)]
     wants += [torch.where(x.isnan(), -1.0, x).clamp(-1, 2), x.clamp(-1, 2), x / y, x / y, x / y, torch.fmod(x, y)]
@@ -198,10 +178,11 @@ def c_divide(a: int, b: int) -> int:
 
 
 INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+QUICK = (torch.int8, torch.uint16, torch.int32, torch.uint64)
 
 
-@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_integers_of_every_width(dtype, isa):
+@pytest.mark.parametrize("dtype", some_slow(INTEGERS, QUICK), ids=str)
+def test_integers_of_every_width(dtype, outer_isa):
     bits, low = torch.iinfo(dtype).bits, torch.iinfo(dtype).min
 
     def wrap(v: int) -> int:
@@ -226,7 +207,7 @@ def test_integers_of_every_width(dtype, isa):
     zs = [k % bits for k in range(size)]
     x, y, z = (torch.tensor(v, dtype=dtype) for v in (xs, ys, zs))
     outs = [torch.zeros(size, dtype=torch.bool if k == 9 else dtype) for k in range(14)]
-    run(integer_kernel, x, y, z, *outs)
+    run_over(integer_kernel, x, y, z, *outs)
     one = xs[0]
     for k, (a, b, s) in enumerate(zip(xs, ys, zs, strict=True)):
         quotient = c_divide(a, b)
@@ -253,12 +234,12 @@ def undefined_kernel(x_ptr, y_ptr, q_ptr, r_ptr, left_ptr, right_ptr, n, BLOCK: 
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint32, torch.int64], ids=str)
-def test_division_by_zero_and_long_shifts_do_not_trap(dtype, isa):
+def test_division_by_zero_and_long_shifts_do_not_trap(dtype, outer_isa):
     low, bits = torch.iinfo(dtype).min, torch.iinfo(dtype).bits
     x = torch.tensor([low, low, 5, 5, 5, 100], dtype=dtype)
     y = torch.tensor([0, -1 if low else 3, 0, bits, bits + 1, 127], dtype=dtype)
     q, r, left, right = (torch.zeros(7, dtype=dtype) for _ in range(4))
-    run(undefined_kernel, x, y, q, r, left, right)
+    run_over(undefined_kernel, x, y, q, r, left, right)
     assert left[3:6].tolist() == [0, 0, 0]
     assert right[3:6].tolist() == [0, 0, 0]
 
@@ -272,19 +253,19 @@ def high_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint32, torch.uint64, torch.int32, torch.int64], ids=str)
-def test_umulhi(dtype, isa):
+def test_umulhi(dtype, outer_isa):
     bits = torch.iinfo(dtype).bits
     x, y = (np.random.default_rng(seed).integers(2**bits, size=300, dtype=f"uint{bits}") for seed in (1, 2))
     print("seeds 1, 2")
     out = torch.zeros(300, dtype=dtype)
-    run(high_kernel, torch.from_numpy(x).view(dtype), torch.from_numpy(y).view(dtype), out)
+    run_over(high_kernel, torch.from_numpy(x).view(dtype), torch.from_numpy(y).view(dtype), out)
     high = [int(a) * int(b) >> bits for a, b in zip(x, y, strict=True)]
     assert out.numpy().view(f"uint{bits}").tolist() == [(h + high[0]) % 2**bits for h in high]
 
 
 @triton.jit
-def helpers_kernel(x_ptr, s_ptr, m_ptr, z_ptr, c_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+def helpers_kernel(x_ptr, s_ptr, m_ptr, z_ptr, c_ptr, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x = tl.load(x_ptr + at)
     tl.store(s_ptr + at, tl.sigmoid(x))
     tl.store(m_ptr + at, tl.softmax(x, 1, keep_dims=True))
@@ -292,12 +273,11 @@ def helpers_kernel(x_ptr, s_ptr, m_ptr, z_ptr, c_ptr, n, ROWS: tl.constexpr, BLO
     tl.store(c_ptr, tl.cdiv(n, 7))
 
 
-def test_helpers_of_the_standard_library(isa):
-    x = torch.randn(4, BLOCK, generator=torch.Generator().manual_seed(3))
+def test_helpers_of_the_standard_library(outer_isa):
+    x = torch.randn(4, COLUMNS, generator=torch.Generator().manual_seed(3))
     print("seed 3")
     s, m, z, c = torch.zeros_like(x), torch.zeros_like(x), torch.ones_like(x), torch.zeros(1, dtype=torch.int32)
-    signature = dict.fromkeys(["x_ptr", "s_ptr", "m_ptr", "z_ptr"], "*fp32") | {"c_ptr": "*i32", "n": "i32"}
-    launch(lower(helpers_kernel, signature, {"ROWS": 4, "BLOCK": BLOCK}), (1,), x, s, m, z, c, 50)
+    run(helpers_kernel, (1,), x, s, m, z, c, 50, ROWS=4, COLUMNS=COLUMNS)
     torch.testing.assert_close(s, x.sigmoid(), rtol=4e-7, atol=0)
     torch.testing.assert_close(m, x.softmax(1), rtol=2e-6, atol=0)
     assert not z.any()

@@ -6,17 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from effc.codegen.cpu import launch, lower
-from effc.codegen.cpu.target import LANES, best_isa
 from effc.compiler.errors import UnsupportedKernel
 
-ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
 SIZE = 256
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("EFFC_ISA", request.param)
-    return request.param
 
 
 def philox(counter: list[np.ndarray], key: list[int], rounds: int = 10) -> list[np.ndarray]:

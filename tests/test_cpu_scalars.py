@@ -7,20 +7,12 @@ import torch
 import triton
 import triton.language as tl
 from effc.codegen.cpu import launch, lower
-from effc.codegen.cpu.target import LANES, best_isa
 
-ISAS = [isa for isa in LANES if list(LANES).index(isa) >= list(LANES).index(best_isa())]
-INTEGERS = {
-    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8", torch.uint16: "u16", torch.uint32: "u32", torch.uint64: "u64",
-}  # fmt: skip
-FLOATS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+from .on_cpu import run, some_slow
 
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("EFFC_ISA", request.param)
-    return request.param
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+QUICK = (torch.int8, torch.uint16, torch.int64, torch.bfloat16, torch.float32)
 
 
 @triton.jit
@@ -52,11 +44,10 @@ def scalars_kernel(x_ptr, y_ptr, block_ptr, scalar_ptr, FUNCTION: tl.constexpr, 
         tl.store(scalar_ptr + k, FUNCTION(tl.load(x_ptr + k), tl.load(y_ptr + k)))
 
 
-@pytest.mark.parametrize("dtype", [*INTEGERS, *FLOATS], ids=str)
-def test_scalars_and_blocks_agree(dtype, isa):
+@pytest.mark.parametrize("dtype", some_slow([*INTEGERS, *FLOATS], QUICK), ids=str)
+def test_scalars_and_blocks_agree(dtype, outer_isa):
     generator = torch.Generator().manual_seed(5)
     print("seed 5")
-    kind = (INTEGERS | FLOATS)[dtype]
     if dtype in INTEGERS:
         x, y = (torch.randint(0, 120, (64,), generator=generator).to(dtype) for _ in range(2))
         low = torch.iinfo(dtype).min
@@ -68,8 +59,7 @@ def test_scalars_and_blocks_agree(dtype, isa):
         y[3:6] = torch.tensor([-math.inf, math.nan, 1.0], dtype=dtype)
     block, scalar = torch.zeros_like(x), torch.zeros_like(x)
     function = integer_both_ways if dtype in INTEGERS else float_both_ways
-    signature = dict.fromkeys(("x_ptr", "y_ptr", "block_ptr", "scalar_ptr"), f"*{kind}")
-    launch(lower(scalars_kernel, signature, {"FUNCTION": function, "SIZE": 64}), (1,), x, y, block, scalar)
+    run(scalars_kernel, (1,), x, y, block, scalar, FUNCTION=function, SIZE=64)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     number = ~scalar.isnan() if dtype in FLOATS else torch.ones(64, dtype=torch.bool)
     assert torch.equal(block.view(bits)[number], scalar.view(bits)[number])
@@ -119,21 +109,9 @@ def not_equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        torch.float64,
-        torch.bfloat16,
-        torch.int8,
-        torch.uint8,
-        torch.uint32,
-        torch.int64,
-        torch.uint64,
-        torch.bool,
-    ],
-    ids=str,
+    "dtype", some_slow([*FLOATS, *INTEGERS, torch.bool], (*QUICK, torch.uint64, torch.bool)), ids=str
 )
-def test_comparisons_and_booleans(dtype, isa):
+def test_comparisons_and_booleans(dtype, outer_isa):
     if dtype.is_floating_point:
         values = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 2.5], dtype=dtype)
     elif dtype == torch.bool:
@@ -145,9 +123,7 @@ def test_comparisons_and_booleans(dtype, isa):
     x, y = values[pairs[:, 0]], values[pairs[:, 1]]
     b = torch.arange(64) % 3 == 0
     out, stored = torch.zeros(64, dtype=torch.int32), b.clone()
-    kind = "i1" if dtype == torch.bool else (INTEGERS | FLOATS)[dtype]
-    signature = {"x_ptr": f"*{kind}", "y_ptr": f"*{kind}", "out_ptr": "*i32", "bool_ptr": "*i1"}
-    launch(lower(compare_kernel, signature, {"SIZE": 64}), (1,), x, y, out, stored)
+    run(compare_kernel, (1,), x, y, out, stored, SIZE=64)
     p, q = (v.double().numpy() if dtype.is_floating_point else v.numpy() for v in (x, y))
     p, q, m = p, q, b.numpy()
     less, more = p < q, p > q
@@ -185,21 +161,13 @@ def bitcast_kernel(h_ptr, s_ptr, f_ptr, d_ptr, out_ptr, wide_ptr, SIZE: tl.const
     tl.store(wide_ptr, one.to(tl.int16, bitcast=True).to(tl.float64) + one.to(tl.bfloat16, bitcast=True).to(tl.float64))
 
 
-def test_bitcasts_keep_the_bits(isa):
+def test_bitcasts_keep_the_bits(outer_isa):
     bits = torch.arange(0, 2**16, 257).to(torch.int16)
     bits = bits[~(bits.view(torch.float16).isnan() | bits.view(torch.bfloat16).isnan())][:128]
     f = torch.randn(128, generator=torch.Generator().manual_seed(6))
     print("seed 6")
     d, out, wide = f.double() / 3, torch.zeros(4 * 128, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    signature = {
-        "h_ptr": "*fp16",
-        "s_ptr": "*i16",
-        "f_ptr": "*fp32",
-        "d_ptr": "*fp64",
-        "out_ptr": "*i64",
-        "wide_ptr": "*fp64",
-    }
-    launch(lower(bitcast_kernel, signature, {"SIZE": 128}), (1,), bits.view(torch.float16), bits, f, d, out, wide)
+    run(bitcast_kernel, (1,), bits.view(torch.float16), bits, f, d, out, wide, SIZE=128)
     same, unsigned, single, double = out.view(4, 128)
     assert torch.equal(same, bits.long())
     assert torch.equal(unsigned, bits.view(torch.uint16).long())
@@ -220,13 +188,10 @@ def constants_kernel(out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + 5 * SIZE, tl.full((), 0.1, kind))
 
 
-CONSTANTS = FLOATS | {torch.float8_e5m2: "fp8e5", torch.float8_e4m3fn: "fp8e4nv"}
-
-
-@pytest.mark.parametrize("dtype", CONSTANTS, ids=str)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
 def test_constants_of_every_float_type(dtype):
     out = torch.zeros(41).to(dtype)
-    launch(lower(constants_kernel, {"out_ptr": f"*{CONSTANTS[dtype]}"}, {"SIZE": 8}), (1,), out)
+    run(constants_kernel, (1,), out, SIZE=8)
     want = torch.tensor([math.inf, -math.inf, math.nan, 1.1, 0.0, 0.1], dtype=torch.float64).to(dtype)
     got = out.double()
     for k, value in enumerate(want.double().tolist()):
