@@ -149,8 +149,9 @@ def explain(target: Any = None) -> Explanation:
 def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write everything between a model and its native code into a folder; returns the index.
 
-    graphs/ holds each graph before and after each pass, kernels/ the Triton source, Triton IR and C++ of each kernel,
-    and <graph>.txt the launches in order and the memory plan.
+    graphs/ holds each graph before and after each pass, <graph>.txt the launches in order and the memory plan, and
+    kernels/ the Triton source, Triton IR and C++ of each kernel; <kernel>.txt has them line by line beside each other,
+    then the assembly of the hot loop.
     """
     from .program import KINDS, compile
 
@@ -172,6 +173,7 @@ def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None) -> Pa
 def dump_schedule(scheduled: Scheduled, output: Path, target: CpuTarget | None) -> None:
     """The launches and the memory plan of one graph, and its kernels: as C++ too if a CPU is the target."""
     from .codegen.build import cpp_kernel, kernel_file
+    from .codegen.cpu.listing import listing
 
     write_atomically(output / f"{scheduled.schedule.name}.txt", describe_schedule(scheduled))
     folder = output / "kernels"
@@ -183,6 +185,7 @@ def dump_schedule(scheduled: Scheduled, output: Path, target: CpuTarget | None) 
             lowered = cpp_kernel(kernel, target)
             write_atomically(folder / f"{kernel.symbol}.ttir", lowered.ttir)
             write_atomically(folder / f"{kernel.symbol}.cpp", lowered.cpp)
+            write_atomically(folder / f"{kernel.symbol}.txt", listing(lowered, target))
 
 
 def describe_schedule(scheduled: Scheduled) -> str:

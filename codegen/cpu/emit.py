@@ -136,6 +136,7 @@ class KernelPrinter:
         name = op.name
         if name == "arith.constant":
             return
+        self.comment(op)
         if name in ("tt.get_program_id", "tt.get_num_programs"):
             axis = AXES[str(next(w for w in op.attrs["words"] if w in AXES))]
             self.let(op.result, (PROGRAM if name == "tt.get_program_id" else GRID)[axis])
