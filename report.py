@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,11 +183,15 @@ def dump_schedule(scheduled: Scheduled, output: Path, target: CpuTarget | None) 
         launches = [launch for step in scheduled.schedule.steps for launch in step.launches if launch.kernel == kernel]
         nodes = [name for launch in launches for name in launch.nodes]
         write_atomically(folder / f"{kernel.symbol}.py", kernel_file(kernel, nodes))
-        if target is not None:
-            lowered = cpp_kernel(kernel, target)
-            write_atomically(folder / f"{kernel.symbol}.ttir", lowered.ttir)
-            write_atomically(folder / f"{kernel.symbol}.cpp", lowered.cpp)
-            write_atomically(folder / f"{kernel.symbol}.txt", listing(lowered, target))
+    if target is None:
+        return
+    lowered = {kernel.symbol: cpp_kernel(kernel, target) for kernel in scheduled.schedule.kernels}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each runs the compiler once more
+        listings = pool.map(lambda kernel: listing(kernel, target), lowered.values())
+        for (symbol, kernel), text in zip(lowered.items(), listings, strict=True):
+            write_atomically(folder / f"{symbol}.ttir", kernel.ttir)
+            write_atomically(folder / f"{symbol}.cpp", kernel.cpp)
+            write_atomically(folder / f"{symbol}.txt", text)
 
 
 def describe_schedule(scheduled: Scheduled) -> str:

@@ -3,11 +3,15 @@
 import re
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from effc.codegen.cpu import host_target, lower
 from effc.codegen.cpu.assembly import assemble, basic_blocks, hot_loop, innermost_loops, instructions
 from effc.codegen.cpu.listing import listing
+from effc.report import dump_schedule
+
+from .graphs import Compiled
 
 
 @triton.jit
@@ -43,6 +47,21 @@ def test_the_hot_loop_is_one_loop(kernel, isa):
     labels = [line for line in lines if line.endswith(":")]
     assert len(lines) > 15
     assert sum(line.split()[-1] == labels[0][:-1] for line in lines) == 1, "one jump back"
+
+
+def test_a_dump_has_listings(tmp_path, generator):
+    def function(x, w):
+        return torch.softmax(x * w, -1)
+
+    x, w = torch.randn(4, 96, generator=generator), torch.randn(96, generator=generator)
+    scheduled = Compiled(function, {"x": x, "w": w}).scheduled
+    dump_schedule(scheduled, tmp_path, host_target())
+    (kernel,) = scheduled.schedule.kernels
+    files = {path.suffix: path.read_text() for path in (tmp_path / "kernels").iterdir()}
+    assert set(files) == {".py", ".ttir", ".cpp", ".txt"}
+    assert files[".txt"].startswith(f"{kernel.symbol} for ")
+    assert "tl.load(" in files[".txt"]
+    assert "hot loop:" in files[".txt"]
 
 
 NESTED = """

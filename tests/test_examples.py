@@ -1,5 +1,6 @@
 """The examples run, and say what their text promises."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,18 @@ def test_compile_backend():
     assert "the same tokens from generate: True" in printed
 
 
+def test_one_kernel_through_the_cpu_target():
+    printed = run("one_kernel_through_the_cpu_target.py")
+    stages = re.split(r"^=== \d\. ", printed, flags=re.M)
+    assert [stage.split(":")[0] for stage in stages[1:]] == (
+        ["Triton source", "Triton IR", "Parsed IR", "Plan", "Addresses", "C++", "Assembly", "Result"]
+    )
+    assert re.search(r"numerator\w* +array +costs \d+ and is used 2 times", stages[4])
+    assert "load<f32x" in stages[6]
+    error = float(re.search(r"greatest difference: (\S+)", stages[8])[1])
+    assert error < 1e-6
+
+
 @pytest.mark.slow
 def test_generate(smollm2_path):
     printed = run("generate.py")
@@ -41,5 +54,5 @@ def test_generate(smollm2_path):
 
 
 def test_every_example_is_tried():
-    tried = {"add_a_pass.py", "compile_backend.py", "generate.py"}
+    tried = {"add_a_pass.py", "compile_backend.py", "generate.py", "one_kernel_through_the_cpu_target.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tried, "add a test for the new example"

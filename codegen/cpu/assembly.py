@@ -3,6 +3,7 @@
 Of the innermost loops, the hot one is that with the most vector instructions.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -111,6 +112,7 @@ def weight(loop: Sequence[Instruction]) -> tuple[int, int]:
     return fused if fused >= 8 else 0, sum(bool(VECTOR.match(instruction.text)) for instruction in loop)
 
 
+@functools.lru_cache(maxsize=512)
 def hot_loop(kernel: CppKernel, target: CpuTarget) -> str:
     """The assembly of the hot loop, under the C++ lines it comes from; "" for a kernel without loops."""
     body = with_prelude(kernel.cpp + launcher(kernel))
