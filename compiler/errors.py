@@ -29,6 +29,10 @@ class KernelFailed(EffcError, AssertionError):
     """A kernel stopped while it ran: a device_assert did not hold. The memory it writes is in an unknown state."""
 
 
+class OutOfBounds(KernelFailed):
+    """A kernel in debug mode was about to read or write outside of its tensors."""
+
+
 class TooLargeKernel(UnsupportedKernel):
     """A Triton kernel's blocks need more memory than a program has. needed, limit: bytes."""
 

@@ -31,7 +31,8 @@ import torch
 from triton.runtime.cache import get_cache_manager
 
 from ...compiler.errors import CacheError, InputError
-from .launch import available_threads, cache_folder, load_launcher, packer, struct_code
+from .check import extent
+from .launch import EXTENT_CODES, available_threads, cache_folder, load_launcher, packer, struct_code
 from .target import host_target
 
 CODES = {"i1": "?", "u1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q"}
@@ -118,13 +119,20 @@ def call(
 """
 
 
-def write_call(kernel: str, signature: dict, c_types: Sequence[str], native: Callable[[bytes], None]) -> Callable:
-    """The Python function of the module's docstring. signature: parameter -> Triton type, constexprs included."""
+def write_call(
+    kernel: str, signature: dict, c_types: Sequence[str], native: Callable[[bytes], None], checked: bool = False
+) -> Callable:
+    """The Python function of the module's docstring. signature: parameter -> Triton type, constexprs included.
+
+    checked: the native code also takes where each pointer's tensor begins and ends.
+    """
     unpacking: list[str] = []
     arguments: list[Argument] = []
     for k, (name, type_) in enumerate(signature.items()):
         arguments += arguments_of(str(name), type_, f"a{k}", unpacking)
-    pack = packer(argument.code for argument in arguments)
+    pointers = [argument.expression for argument in arguments if argument.is_pointer]
+    extents = [EXTENT_CODES] * len(pointers) if checked else []
+    pack = packer([*(argument.code for argument in arguments), *extents])
     wanted = [struct.calcsize(struct_code(c_type)) for c_type in c_types]
     if [struct.calcsize(argument.code) for argument in arguments] != wanted:
         found = ", ".join(argument.type for argument in arguments)
@@ -134,11 +142,12 @@ def write_call(kernel: str, signature: dict, c_types: Sequence[str], native: Cal
         parameters="".join(f", a{k}" for k in range(len(signature))),
         unpacking="; ".join(unpacking) or "pass",
         on_cpu=" and ".join(f"{a.expression}.is_cpu" for a in arguments if a.is_pointer) or "True",
-        values="".join(f", {value}" for value in values),
+        values="".join(f", {value}" for value in [*values, *(f"*extent({p})" for p in pointers if checked)]),
         plain="".join(f"{a.expression}, " for a in arguments),
     )
     scope = {"pack": pack, "threads": available_threads, "native": native, "rounded": rounded, "error": struct.error}
-    scope["convert"] = lambda grid, plain: convert(kernel, arguments, pack, grid, plain)
+    scope["extent"] = extent
+    scope["convert"] = lambda grid, plain: convert(kernel, arguments, pack, grid, plain, checked)
     exec(source, scope)
     return scope["call"]
 
@@ -152,7 +161,9 @@ def rounded(value: float, type_: str) -> float:
     return torch.tensor(value, dtype=ROUNDED[type_]).item() if type_ in ROUNDED else value
 
 
-def convert(kernel: str, arguments: Sequence[Argument], pack: Callable, grid: tuple, values: tuple) -> bytes:
+def convert(
+    kernel: str, arguments: Sequence[Argument], pack: Callable, grid: tuple, values: tuple, checked: bool = False
+) -> bytes:
     """Pack what is not plain: objects around tensors, addresses, numbers that need rounding. Raises InputError."""
     found: list[Any] = []
     for argument, value in zip(arguments, values, strict=True):
@@ -171,6 +182,8 @@ def convert(kernel: str, arguments: Sequence[Argument], pack: Callable, grid: tu
             found.append(operator.index(value))
     try:
         sizes = [operator.index(size) for size in grid]
+        if checked:
+            found += [end for a, value in zip(arguments, values, strict=True) if a.is_pointer for end in extent(value)]
         return pack(*sizes, available_threads(), *found)
     except (TypeError, struct.error) as error:
         raise InputError(f"kernel {kernel}: grid {grid} is not made of integers below 2**31") from error
@@ -194,5 +207,6 @@ def make_launcher(source: Any, metadata: Any) -> Callable:
     path = get_cache_manager(metadata.hash).get_file(name)
     if path is None:
         raise CacheError(f"{name} is gone from Triton's cache (TRITON_CACHE_DIR): remove the folder {metadata.hash}")
-    native = load_launcher(Path(path).read_text(), host_target(metadata.arch), cache_folder())
-    return write_call(metadata.name, dict(source.signature), metadata.params, native)
+    target = host_target(metadata.arch)
+    native = load_launcher(Path(path).read_text(), target, cache_folder())
+    return write_call(metadata.name, dict(source.signature), metadata.params, native, target.checked)

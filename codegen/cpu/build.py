@@ -18,6 +18,7 @@ PRELUDE: str = "".join((FOLDER / header).read_text() for header in HEADERS)
 RARE_HEADERS = {
     "f8E": "fp8.h",
     "report::": "report.h",
+    "check::": "check.h",
     "plain_product": "plain_product.h",
     "libdevice::": "libdevice.h",
 }

@@ -65,6 +65,7 @@ class CpuBackend(BaseBackend):
         known = {key: value for key, value in options.items() if key in vars(OPTIONS) or key in GPU_OPTIONS}
         parsed = CpuOptions(**{**vars(OPTIONS), "arch": self.cpu.name, **known})
         parsed.sanitize_overflow = parsed.debug
+        parsed.debug = parsed.debug or self.cpu.checked
         if parsed.launch_cooperative_grid:
             raise UnsupportedKernel("launch_cooperative_grid is not supported on CPU: programs run one after another")
         return parsed

@@ -4,6 +4,7 @@ import os
 
 from ...compiler.errors import TooLargeKernel
 from .cells import Cell, Stored, constant_cell, constant_zero, row_major
+from .check import EXTENTS
 from .ir import Block, Function, Op, Type, Value
 from .memory import from_memory, to_memory
 from .plan import Plan, is_lazy
@@ -23,8 +24,9 @@ STACK_LIMIT = 4 << 20  # half of what threads usually have
 class KernelPrinter:
     """State of printing one kernel: lines so far, arrays of stored tensors, facts about scalars."""
 
-    def __init__(self, function: Function, name: str, lanes: int):
+    def __init__(self, function: Function, name: str, lanes: int, checked: bool = False):
         self.function, self.name, self.lanes = function, name, lanes
+        self.checked = checked
         self.plan = Plan(function)
         self.analysis = self.plan.analysis
         self.storage: dict[Value, Stored] = {}
@@ -86,6 +88,7 @@ class KernelPrinter:
     def print(self) -> str:
         self.block(self.function.body)
         params = [f"{declaration(scalar_type(a.type), a.name)}" for a in self.function.args]
+        params += [f"const check::Extent *{EXTENTS}"] if self.checked else []
         params += [f"int32_t {name}" for name in PROGRAM + GRID]
         head = f"static void {self.name}({', '.join(params)}) {{"
         unused = "  " + " ".join(f"(void){name};" for name in PROGRAM + GRID)

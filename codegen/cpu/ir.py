@@ -94,6 +94,9 @@ class Function:
     def number(self) -> None:
         """Give every op its position in program order and every value its users."""
         position = 0
+        for op in self.body.walk():
+            for value in op.operands:
+                value.uses.clear()
 
         def visit(block: Block) -> None:
             nonlocal position

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...compiler.errors import InputError, KernelFailed, ToolchainError
+from ...compiler.errors import InputError, KernelFailed, OutOfBounds, ToolchainError
 from .build import build_library, with_prelude
+from .check import extent, insert_checks
 from .emit import KernelPrinter
 from .parse import parse_module
 from .spelling import scalar_type
@@ -20,6 +21,7 @@ STRUCT_CODES = {"float": "f", "double": "d", "bool": "?", "int8_t": "b", "int16_
 """C type -> code of Python's struct module; pointers are "P"."""
 
 GRID_CODES = "4i"  # programs along x, y, z, and threads
+EXTENT_CODES = "qq"  # where a tensor begins and ends, for each pointer in debug mode
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class CppKernel:
     ttir: str
     cpp: str
     scratch_bytes: int = 0
+    checked: bool = False
 
 
 def lower(
@@ -50,16 +53,19 @@ def lower(
     signature: types of the arguments as Triton writes them ("*fp32", "i32"); constants: values of the constexprs.
     divisible: arguments known to be multiples of 16. Raises UnsupportedKernel with the op and its source line.
     """
-    return print_kernel(make_ttir(fn, signature, constants, divisible), target or host_target(), name)
+    target = target or host_target()
+    return print_kernel(make_ttir(fn, signature, constants, divisible, target.checked), target, name)
 
 
 def print_kernel(ttir: str, target: CpuTarget, name: str | None = None) -> CppKernel:
     """Triton IR text, optimized and with locations, to C++."""
     function = parse_module(ttir)
-    printer = KernelPrinter(function, name or function.name, target.lanes)
+    if target.checked:
+        insert_checks(function)
+    printer = KernelPrinter(function, name or function.name, target.lanes, target.checked)
     cpp = printer.print()
     params = tuple((arg.name, scalar_type(arg.type)) for arg in function.args)
-    return CppKernel(printer.name, params, ttir, cpp, printer.stack_bytes)
+    return CppKernel(printer.name, params, ttir, cpp, printer.stack_bytes, target.checked)
 
 
 LAUNCHER = """
@@ -71,7 +77,7 @@ extern "C" __attribute__((visibility("default"))) void launch(const Launch *laun
   const int32_t num_x = launch->num_x, num_y = launch->num_y, num_z = launch->num_z, threads = launch->threads;
   const int64_t programs = (int64_t)num_x * num_y * num_z;
   for_each(programs, threads, [=](int64_t p) {{
-    {name}({args}p % num_x, p / num_x % num_y, p / num_x / num_y, num_x, num_y, num_z);
+    {name}({args}{extents}p % num_x, p / num_x % num_y, p / num_x / num_y, num_x, num_y, num_z);
   }});
 }}
 """
@@ -81,7 +87,15 @@ def launcher(kernel: CppKernel) -> str:
     """C++ of `void launch(const Launch *)`: a kernel over a grid. The struct is laid out as `packer` packs it."""
     fields = "".join(f"  {type_} arg{k};\n" for k, (_, type_) in enumerate(kernel.params))
     args = "".join(f"launch->arg{k}, " for k in range(len(kernel.params)))
-    return LAUNCHER.format(fields=fields, args=args, name=kernel.name)
+    extents = ""
+    if kernel.checked:
+        fields += f"  check::Extent extents[{max(1, pointers(kernel))}];\n"
+        extents = "launch->extents, "
+    return LAUNCHER.format(fields=fields, args=args, extents=extents, name=kernel.name)
+
+
+def pointers(kernel: CppKernel) -> int:
+    return sum(type_.endswith("*") for _, type_ in kernel.params)
 
 
 def packer(codes: Iterable[str]) -> Callable[..., bytes]:
@@ -119,7 +133,8 @@ def raising(function: Callable[[bytes], None], take_failure) -> Callable[[bytes]
     def launch_and_ask(packed: bytes) -> None:
         function(packed)
         if (failure := take_failure()) is not None:
-            raise KernelFailed(failure.decode(errors="replace"))
+            text = failure.decode(errors="replace")
+            raise (OutOfBounds if ": out of bounds: " in text else KernelFailed)(text)
 
     return launch_and_ask
 
@@ -138,9 +153,13 @@ def launch(kernel: CppKernel, grid: tuple[int, ...], *args, target: CpuTarget | 
         raise InputError(f"kernel {kernel.name} takes {len(kernel.params)} arguments ({names}), got {len(args)}")
     function = load_launcher(kernel.cpp + launcher(kernel), target or host_target(), cache_folder())
     sizes = tuple(grid) + (1,) * (3 - len(grid))
-    values = (arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in args)
-    pack = packer(struct_code(type_) for _, type_ in kernel.params)
-    function(pack(*sizes, available_threads(), *values))
+    values = [arg.data_ptr() if hasattr(arg, "data_ptr") else arg for arg in args]
+    codes = [struct_code(type_) for _, type_ in kernel.params]
+    if kernel.checked:
+        spans = [extent(arg) for arg, (_, type_) in zip(args, kernel.params, strict=True) if type_.endswith("*")]
+        values += [end for span in spans for end in span]
+        codes += [EXTENT_CODES] * len(spans)
+    function(packer(codes)(*sizes, available_threads(), *values))
 
 
 def available_threads() -> int:

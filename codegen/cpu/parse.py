@@ -84,7 +84,7 @@ class Parser:
         self.at = 0
         self.scopes: list[dict[str, Value]] = [{}]
         self.divisors: dict[Value, int] = {}
-        self.taken: set[str] = {"pid_x", "pid_y", "pid_z", "num_x", "num_y", "num_z"}
+        self.taken: set[str] = {"pid_x", "pid_y", "pid_z", "num_x", "num_y", "num_z", "extents"}
 
     # -- names, types and places
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from .affine import Affine, Conjunct, Map, conjuncts, step, through_view
 from .atomics import AtomicPrinter
 from .cells import Stored, closed, row_major
+from .check import CheckPrinter
 from .clip import Clipper
 from .dots import DotPrinter
 from .elementwise import MapPrinter
@@ -20,7 +21,9 @@ from .report import ReportPrinter
 from .spelling import BYTES
 
 
-class RootPrinter(AtomicPrinter, ReducePrinter, ProductPrinter, DotPrinter, ReportPrinter, MapPrinter, Clipper):
+class RootPrinter(
+    AtomicPrinter, ReducePrinter, ProductPrinter, DotPrinter, ReportPrinter, MapPrinter, Clipper, CheckPrinter
+):
     """Prints roots of one kernel through `kernel.emit`."""
 
     def __init__(self, kernel):
@@ -350,6 +353,8 @@ class RootPrinter(AtomicPrinter, ReducePrinter, ProductPrinter, DotPrinter, Repo
         "tt.map_elementwise": MapPrinter.map_elementwise,
         "tt.print": ReportPrinter.device_print,
         "tt.assert": ReportPrinter.device_assert,
+        "check.bounds": CheckPrinter.bounds,
+        "check.index": CheckPrinter.index,
     }
 
 

@@ -27,6 +27,9 @@ COMMON_FLAGS = (
 CLANG_FLAGS = ("-fno-vectorize",)
 
 
+CHECKED = "checked"
+
+
 @dataclass(frozen=True)
 class CpuTarget:
     """A CPU to compile for: instruction set, its fp32 lanes, and the compiler with its full command line."""
@@ -37,11 +40,12 @@ class CpuTarget:
     cxx: str
     cxx_version: str
     flags: tuple[str, ...]
+    checked: bool = False  # kernels look at every access to memory first
 
     @property
     def name(self) -> str:
-        """What $EFFC_ISA would have to say to get it: avx512+avx512_vnni."""
-        return "+".join([self.isa, *self.features])
+        """What $EFFC_ISA would have to say to get it: avx512+avx512_vnni, and +checked for debug mode."""
+        return "+".join([self.isa, *self.features, *([CHECKED] if self.checked else [])])
 
 
 @functools.cache
@@ -131,13 +135,18 @@ def machine_flags(isa: str, features: tuple[str, ...]) -> tuple[str, ...]:
     return (*flags, "-mprefer-vector-width=512") if isa == "avx512" else flags
 
 
-def host_target(isa: str | None = None) -> CpuTarget:
+def host_target(isa: str | None = None, checked: bool | None = None) -> CpuTarget:
     """The host as a target, with all that its CPU has. Raises ToolchainError, InputError.
 
     `isa`, else $EFFC_ISA, asks for exactly an instruction set and its features: avx512+avx512_vnni, avx2, generic.
+    checked: debug mode; by default where $EFFC_TRITON_CHECK is set to anything but 0, or `isa` ends with +checked.
     """
+    if isa and isa.endswith(f"+{CHECKED}"):
+        isa, checked = isa.removesuffix(f"+{CHECKED}"), True
+    if checked is None:
+        checked = os.environ.get("EFFC_TRITON_CHECK", "0") not in ("", "0")
     isa, features = chosen_isa(isa)
     cxx = find_compiler()
     version = compiler_version(cxx)
     flags = COMMON_FLAGS + (CLANG_FLAGS if "clang" in version else ()) + machine_flags(isa, features)
-    return CpuTarget(isa, features, LANES[isa], cxx, version, flags)
+    return CpuTarget(isa, features, LANES[isa], cxx, version, flags, checked)

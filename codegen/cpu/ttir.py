@@ -36,7 +36,11 @@ OPTIONS = SimpleNamespace(
 
 
 def make_ttir(
-    fn, signature: Mapping[str, str], constants: Mapping[str, object], divisible: Collection[str] = ()
+    fn,
+    signature: Mapping[str, str],
+    constants: Mapping[str, object],
+    divisible: Collection[str] = (),
+    checked: bool = False,
 ) -> str:
     """Triton IR text, with locations, of `fn` (a JITFunction) specialized to argument types and constexprs.
 
@@ -56,7 +60,9 @@ def make_ttir(
     context = ir.context()
     ir.load_dialects(context)
     try:
-        module = source.make_ir(GPUTarget("cpu", 0, 1), options_for(fn), codegen_functions(), module_map(), context)
+        module = source.make_ir(
+            GPUTarget("cpu", 0, 1), options_for(fn, checked), codegen_functions(), module_map(), context
+        )
     except CompilationError as error:
         reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
         raise UnsupportedKernel(f"kernel {fn.__name__}: Triton's front end refuses it: {reason}") from error
@@ -96,13 +102,13 @@ def optimize(module, context) -> str:
     return str(module)
 
 
-def options_for(fn) -> SimpleNamespace:
+def options_for(fn, checked: bool = False) -> SimpleNamespace:
     """What Triton's front end asks a target. Assertions and overflow checks are on as they are on a GPU: where the
-    kernel says debug=True, or TRITON_DEBUG is set."""
+    kernel says debug=True, or TRITON_DEBUG is set. Debug mode of the CPU target turns on assertions too."""
     from triton import knobs
 
     debug = bool(getattr(fn, "debug", False) or knobs.runtime.debug)
-    return SimpleNamespace(**vars(OPTIONS) | {"debug": debug, "sanitize_overflow": debug})
+    return SimpleNamespace(**vars(OPTIONS) | {"debug": debug or checked, "sanitize_overflow": debug})
 
 
 def convert_fp8e4b15(value, to_type, _rounding=None, _semantic=None):
