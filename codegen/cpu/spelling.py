@@ -228,7 +228,8 @@ def spell(op: Op, args: list[str], width: int) -> str:
         text = COMPARE_FLOAT[op.attrs["words"][0]].format(*args)
         return text if width == 1 else f"mask({text})"
     if op.name == "arith.select":
-        return f"select<{vector}>({args[0]}, {args[1]}, {args[2]})"
+        kind = scalar_type(op.result.type.with_shape(())) if width == 1 else vector  # one lane of pointers is a pointer
+        return f"select<{kind}>({args[0]}, {args[1]}, {args[2]})"
     if op.name == "tt.clampf":
         kind = "nan" if op.attrs.get("propagateNan") == "all" else "number"
         return f"min_{kind}<{vector}>(max_{kind}<{vector}>({args[0]}, {args[1]}), {args[2]})"
