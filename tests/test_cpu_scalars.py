@@ -190,6 +190,8 @@ def constants_kernel(out_ptr, SIZE: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e5m2, torch.float8_e4m3fn], ids=str)
 def test_constants_of_every_float_type(dtype):
+    if dtype.itemsize == 1 and triton.__version__.startswith("3.6."):
+        pytest.skip("the front end of Triton 3.6 has no constants of fp8")
     out = torch.zeros(41).to(dtype)
     run(constants_kernel, (1,), out, SIZE=8)
     want = torch.tensor([math.inf, -math.inf, math.nan, 1.1, 0.0, 0.1], dtype=torch.float64).to(dtype)

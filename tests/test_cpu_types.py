@@ -9,8 +9,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from effc.codegen.cpu import kernel_from_source
 
-from .on_cpu import run_over, some_slow
+from .on_cpu import run, run_over, some_slow
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FP8 = {
@@ -276,3 +277,73 @@ def float32_of(number: int) -> float:
     kept, rest = size >> drop, size & ((1 << drop) - 1)
     kept += 2 * rest > 1 << drop or (2 * rest == 1 << drop and kept & 1) if drop else 0
     return float(np.copysign(kept << drop, number))
+
+
+NAMES = {
+    torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "float8e4nv", torch.float8_e5m2: "float8e5", torch.bool: "int1",
+} | {dtype: str(dtype).removeprefix("torch.") for dtype in INTEGERS}  # fmt: skip
+BOTH_WAYS = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def widened(v):
+    if v.dtype.is_int():
+        return v.to(tl.int64)
+    else:
+        return v.to(tl.float64).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def both_ways_kernel(x_ptr, block_ptr, scalar_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + i)
+{blocks}
+    for k in range(SIZE):
+        one = tl.load(x_ptr + k)
+{scalars}
+"""
+
+
+QUICK = (torch.float64, torch.bfloat16, torch.float8_e5m2, torch.int8, torch.uint64, torch.bool)
+
+
+def castable(source: torch.dtype, target: torch.dtype) -> bool:
+    """Triton casts between fp8 and other floats only."""
+    kinds = [dtype.itemsize == 1 for dtype in (source, target) if dtype.is_floating_point]
+    return len(kinds) == 2 or not any(kinds)
+
+
+@pytest.mark.parametrize("source", some_slow(NAMES, QUICK), ids=str)
+def test_a_scalar_is_cast_as_a_block_is(source):
+    casts = [f"to(tl.{name})" for dtype, name in NAMES.items() if castable(source, dtype)]
+    if source == torch.float64:
+        casts += [f'to(tl.{name}, fp_downcast_rounding="rtz")' for name in ("float32", "float16", "bfloat16")]
+    blocks = [f"    tl.store(block_ptr + {k} * SIZE + i, widened(x.{cast}))" for k, cast in enumerate(casts)]
+    scalars = [f"        tl.store(scalar_ptr + {k} * SIZE + k, widened(one.{cast}))" for k, cast in enumerate(casts)]
+    text = BOTH_WAYS.format(blocks="\n".join(blocks), scalars="\n".join(scalars))
+    kernel = kernel_from_source(text, "both_ways_kernel")
+    x = torch.from_numpy(samples(7)[::311][:64] if source.is_floating_point else np.arange(-32, 32) * 3).to(source)
+    block, scalar = torch.zeros(len(casts), 64, dtype=torch.int64), torch.zeros(len(casts), 64, dtype=torch.int64)
+    run(kernel, (1,), x, block, scalar, SIZE=64)
+    for cast, b, s in zip(casts, block, scalar, strict=True):
+        assert torch.equal(b, s), cast
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, out_ptr):
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    tl.store(out_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_products_of_fp8(dtype):
+    generator = torch.Generator().manual_seed(8)
+    print("seed 8")
+    a, b = (torch.randn(16, 16, generator=generator).to(dtype) for _ in range(2))
+    out = torch.zeros(16, 16)
+    run(dot_kernel, (1,), a, b, out)
+    torch.testing.assert_close(out, (a.double() @ b.double()).float(), rtol=1e-6, atol=1e-5)
