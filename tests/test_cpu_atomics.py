@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from effc.compiler.errors import UnsupportedKernel
 
 from .on_cpu import randint, run
 
@@ -101,3 +102,29 @@ def test_compare_and_swap_of_a_block():
     run(exchange_where_equal_kernel, (1,), x, old, BLOCK=16)
     assert torch.equal(old, start)
     assert torch.equal(x, torch.where(start == 3, 9 + torch.arange(16), start))
+
+
+@triton.jit
+def load_and_store_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.atomic_store(out_ptr + i, tl.atomic_load(x_ptr + i, mask=i < 10, sem="relaxed") + 1, mask=i < 10)
+    tl.atomic_store(out_ptr + 12, tl.atomic_load(x_ptr + 3))
+
+
+@pytest.mark.skipif(not hasattr(tl, "atomic_load"), reason="this Triton has no atomic_load")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
+def test_atomic_loads_and_stores(dtype):
+    x, out = randint(-9, 9, (16,), dtype=dtype), torch.zeros(16, dtype=dtype)
+    run(load_and_store_kernel, (1,), x, out, BLOCK=16)
+    assert torch.equal(out, torch.cat([x[:10] + 1, torch.zeros(2, dtype=dtype), x[3:4], torch.zeros(3, dtype=dtype)]))
+
+
+@triton.jit
+def poll_kernel(x_ptr):
+    tl.atomic_poll(x_ptr, 1)
+
+
+@pytest.mark.skipif(not hasattr(tl, "atomic_poll"), reason="this Triton has no atomic_poll")
+def test_waiting_for_another_program_is_refused():
+    with pytest.raises(UnsupportedKernel, match=r"test_cpu_atomics\.py:\d+: tt\.atomic_poll"):
+        run(poll_kernel, (1,), torch.zeros(1, dtype=torch.int32))

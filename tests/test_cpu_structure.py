@@ -317,7 +317,7 @@ def shapes_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr, M: tl.constexpr):
     tl.store(out_ptr + 8 * S + i, tl.flip(x, 1))
     tl.store(out_ptr + 9 * S + i, tl.flip(x, 0))
     tl.store(out_ptr + 10 * S + i, tl.broadcast_to(tl.sum(x, 1)[:, None], (N, M)))
-    tl.store(out_ptr + 11 * S + i, tl.squeeze(tl.unsqueeze(x, 1), 1).view(N, M))
+    tl.store(out_ptr + 11 * S + i, x[:, None, :].view(N, M))
     tl.store(out_ptr + 12 * S + i, tl.where(x > 0, 1.0, y))
     filled = tl.full((N, M), 2.5, tl.float32) + tl.zeros([N, M], tl.float32) + tl.zeros_like(x)
     tl.store(out_ptr + 13 * S + i, filled)
@@ -335,6 +335,65 @@ def test_shapes_are_turned_joined_and_cut(isa):
     parts += [x.sum(1)[:, None].expand(n, m), x, torch.where(x > 0, 1.0, y), torch.full((n, m), 2.5)]
     parts += [x.amax(1)[:, None] - x.amax(0)[None]]
     torch.testing.assert_close(out, torch.cat([part.reshape(-1) for part in parts]))
+
+
+@triton.jit
+def squeeze_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.squeeze(tl.squeeze(tl.unsqueeze(tl.unsqueeze(tl.load(x_ptr + i), 0), 2), 2), 0))
+
+
+@pytest.mark.skipif(not hasattr(tl, "squeeze"), reason="this Triton has no squeeze")
+def test_dimensions_of_one_come_and_go():
+    x, out = randn(16), torch.zeros(16)
+    run(squeeze_kernel, (1,), x, out, BLOCK=16)
+    assert torch.equal(out, x)
+
+
+class State:
+    first: tl.tensor
+    second: tl.tensor
+
+    @triton.constexpr_function
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+
+    @triton.jit
+    def total(self):
+        return self.first + self.second
+
+
+State = tl.core._aggregate(State)
+
+
+@triton.jit
+def aggregate_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    state = State(tl.load(x_ptr + i), i)
+    for _ in range(n):
+        state = State(state.first * 2, state.second + 1)
+    tl.store(out_ptr + i, state.total())
+
+
+def test_a_loop_carries_an_aggregate():
+    x, out = randn(16), torch.zeros(16)
+    run(aggregate_kernel, (1,), x, out, 2, BLOCK=16)
+    torch.testing.assert_close(out, x * 4 + torch.arange(16) + 2)
+
+
+@triton.jit
+def condition_kernel(out_ptr, n):
+    k = 0
+    while tl.condition(k < n, disable_licm=True):
+        k += 3
+    tl.store(out_ptr, k)
+
+
+@pytest.mark.skipif(not hasattr(tl, "condition"), reason="this Triton has no condition")
+def test_a_while_loop_with_hints():
+    out = torch.zeros(1, dtype=torch.int32)
+    run(condition_kernel, (1,), out, 10)
+    assert out.item() == 12
 
 
 @triton.jit

@@ -19,6 +19,7 @@ STORED_RESULTS = frozenset(
         "tt.dot",
         "tt.atomic_rmw",
         "tt.atomic_cas",
+        "tt.atomic_load",
         "tt.gather",
         "tt.join",
         "tt.split",
@@ -31,8 +32,9 @@ STORED_RESULTS = frozenset(
         "tt.map_elementwise",
     ]
 )
-WRITES = frozenset(("tt.store", "tt.atomic_rmw", "tt.atomic_cas", "ttg.barrier", "tt.print"))
-ACCESSES = frozenset(("tt.load", "tt.store", "tt.atomic_rmw", "tt.atomic_cas"))
+ATOMICS = frozenset(("tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_store"))
+WRITES = ATOMICS | {"tt.store", "ttg.barrier", "tt.print"}  # what no load may move past
+ACCESSES = ATOMICS | {"tt.load", "tt.store"}
 COSTLY = 8
 LOAD_COST = 2
 

@@ -148,6 +148,11 @@ ATOMIC(umax, (uint64_t)a > (uint64_t)b ? a : b) ATOMIC(umin, (uint64_t)a < (uint
   template <typename T> static inline T atomic_##NAME(T *p, T b) { return __atomic_fetch_##NAME(p, b, __ATOMIC_ACQ_REL); }
 ATOMIC_BITS(and, &) ATOMIC_BITS(or, |) ATOMIC_BITS(xor, ^)
 #undef ATOMIC_BITS
+template <typename T> static inline T atomic_read(T *p) {
+  T value;
+  __atomic_load(p, &value, __ATOMIC_ACQUIRE);
+  return value;
+}
 template <typename T> static inline T compare_exchange(T *p, T expected, T value) {
   __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   return expected;

@@ -347,6 +347,8 @@ class RootPrinter(
         "tt.histogram": histogram,
         "tt.atomic_rmw": AtomicPrinter.atomic,
         "tt.atomic_cas": AtomicPrinter.atomic,
+        "tt.atomic_load": AtomicPrinter.atomic,
+        "tt.atomic_store": AtomicPrinter.atomic,
         "tt.reduce": ReducePrinter.reduce,
         "tt.scan": ReducePrinter.scan,
         "tt.dot": DotPrinter.dot,
