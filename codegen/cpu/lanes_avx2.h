@@ -39,6 +39,8 @@ WORDS(f32x8, float) WORDS(i32x8, int32_t) WORDS(u32x8, uint32_t)
 #undef WORDS
 #undef GATHER4
 
+template <> inline f32x8 lesser(f32x8 a, f32x8 b) { return __builtin_ia32_minps256(a, b); }
+template <> inline f32x8 greater(f32x8 a, f32x8 b) { return __builtin_ia32_maxps256(a, b); }
 template <> inline f32x8 round_down(f32x8 x) { return __builtin_ia32_roundps256(x, 9); }
 template <> inline f32x8 round_up(f32x8 x) { return __builtin_ia32_roundps256(x, 10); }
 template <> inline f32x8 round_to_even(f32x8 x) { return __builtin_ia32_roundps256(x, 8); }

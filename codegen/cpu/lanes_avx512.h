@@ -61,8 +61,12 @@ template <> inline f64x8 fused_multiply_add(f64x8 a, f64x8 b, f64x8 c) {
 }
 
 #ifdef __clang__
+template <> inline f32x16 lesser(f32x16 a, f32x16 b) { return __builtin_ia32_minps512(a, b, 4); }
+template <> inline f32x16 greater(f32x16 a, f32x16 b) { return __builtin_ia32_maxps512(a, b, 4); }
 template <> inline f32x16 square_root(f32x16 x) { return __builtin_ia32_sqrtps512(x, 4); }
 #else  // clang finds the following by itself, where gcc 12 goes by halves or lane by lane
+template <> inline f32x16 lesser(f32x16 a, f32x16 b) { return __builtin_ia32_minps512_mask(a, b, a, -1, 4); }
+template <> inline f32x16 greater(f32x16 a, f32x16 b) { return __builtin_ia32_maxps512_mask(a, b, a, -1, 4); }
 template <> inline f32x16 square_root(f32x16 x) { return __builtin_ia32_sqrtps512_mask(x, x, -1, 4); }
 
 template <> inline i32x16 convert(i16x16 v) { return __builtin_ia32_pmovsxwd512_mask(v, i32x16{}, -1); }

@@ -132,6 +132,9 @@ template <typename F> static inline F round_to_zero(F x) {
   if constexpr (sizeof(Element<F>) == 8) return trunc_lanes(x);
   else return where_fractional<F>(x, convert<F>(convert<Like<F, int32_t>>(x)));
 }
+// The second one where either is NaN.
+template <typename F> static inline F lesser(F a, F b) { return a < b ? a : b; }
+template <typename F> static inline F greater(F a, F b) { return a > b ? a : b; }
 template <typename F> static inline F round_down(F x) {
   if constexpr (sizeof(Element<F>) == 8) return floor_lanes(x);
   else {

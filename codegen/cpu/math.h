@@ -39,10 +39,10 @@ template <typename F> static inline F float_remainder(F x, F y) {
 template <typename F> static inline F reciprocal_root(F x) { return 1 / square_root(x); }
 
 // NaN in either operand: `*_number` gives the other one, `*_nan` gives NaN.
-template <typename F> static inline F max_number(F a, F b) { F m = a > b ? a : b; return b != b ? a : m; }
-template <typename F> static inline F min_number(F a, F b) { F m = a < b ? a : b; return b != b ? a : m; }
-template <typename F> static inline F max_nan(F a, F b) { F m = a > b ? a : b; return a != a ? a : m; }
-template <typename F> static inline F min_nan(F a, F b) { F m = a < b ? a : b; return a != a ? a : m; }
+template <typename F> static inline F max_number(F a, F b) { F m = greater(a, b); return b != b ? a : m; }
+template <typename F> static inline F min_number(F a, F b) { F m = lesser(a, b); return b != b ? a : m; }
+template <typename F> static inline F max_nan(F a, F b) { F m = greater(a, b); return a != a ? a : m; }
+template <typename F> static inline F min_nan(F a, F b) { F m = lesser(a, b); return a != a ? a : m; }
 
 // 2^n y, where n stands in the low bits of `counter` = 1.5 * 2^23 + n; right where the result is a normal number
 template <typename F> static inline F scale_by(F y, F counter) {
@@ -160,8 +160,7 @@ template <typename F> static inline F hyperbolic_tangent(F x) {
 template <typename F> static inline F error_function(F x) {
   if constexpr (sizeof(Element<F>) == 8) return erf_f64(x);
   else {
-    F a = absolute(x), z = x * x;
-    a = 4.0f < a ? F{} + 4.0f : a;
+    F a = lesser<F>(F{} + 4.0f, absolute(x)), z = x * x;
     F p = a * -2.20571419e-5f + 1.74802844e-4f;
     p = p * a + 7.95821950e-4f;
     p = p * a - 1.28199421e-2f;

@@ -19,10 +19,19 @@ from .products import ProductPrinter
 from .reduce import ReducePrinter
 from .report import ReportPrinter
 from .spelling import BYTES
+from .versions import Versioner
 
 
 class RootPrinter(
-    AtomicPrinter, ReducePrinter, ProductPrinter, DotPrinter, ReportPrinter, MapPrinter, Clipper, CheckPrinter
+    AtomicPrinter,
+    ReducePrinter,
+    ProductPrinter,
+    DotPrinter,
+    ReportPrinter,
+    MapPrinter,
+    Clipper,
+    CheckPrinter,
+    Versioner,
 ):
     """Prints roots of one kernel through `kernel.emit`."""
 
@@ -107,17 +116,22 @@ class RootPrinter(
             better = stored.strides.index(1)
             if shape[better] >= min(self.kernel.lanes, 4):
                 vector_dim, width = better, min(self.kernel.lanes, shape[better] & -shape[better])
-        nest = self.nest(shape, vector_dim, width)
-        self.clip(nest, parts)
-        evaluator = Evaluator(self.kernel, nest)
 
-        def body(_copy: int) -> None:
-            at = nest.indices()
-            cell = evaluator.at(value, at)
-            for line in evaluator.write(stored, at, cell):
-                nest.add(nest.depth, line)
+        def assign_nest(granted: list[Value]) -> None:
+            nest = self.nest(shape, vector_dim, width)
+            self.clip(nest, parts)
+            self.take_for_granted(nest, granted)
+            evaluator = Evaluator(self.kernel, nest)
 
-        self.finish(nest.render(body))
+            def body(_copy: int) -> None:
+                at = nest.indices()
+                cell = evaluator.at(value, at)
+                for line in evaluator.write(stored, at, cell):
+                    nest.add(nest.depth, line)
+
+            self.finish(nest.render(body))
+
+        self.in_versions(self.whole_tile(value, parts), assign_nest)
 
     def assign_all(self, targets: list[Value], values: list[Value]) -> None:
         """targets = values at once, as a yield means it."""
