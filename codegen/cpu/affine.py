@@ -8,8 +8,8 @@ A `Map` says for each dimension of a value which dimension of the tile indexes i
 
 from dataclasses import dataclass
 
+from .c_types import parse_literal
 from .ir import Value
-from .spelling import parse_literal
 
 Map = tuple[int | None, ...]
 LARGE = 1 << 30

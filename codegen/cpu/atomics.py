@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from .c_types import HALF, lanes_type, pointee_type
 from .evaluate import Evaluator
-from .ir import Op, Value
-from .spelling import HALF, lanes_type, pointee_type, unsupported
+from .ir import Op, Value, unsupported
 
 HALF_UPDATES = {"fadd": "was + {0}", "max": "max_number<float>(was, {0})", "min": "min_number<float>(was, {0})"}
 HALF_UPDATES |= {"exch": "{0}"}

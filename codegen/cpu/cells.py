@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from .c_types import literal, parse_literal
 from .ir import Op, Type
-from .spelling import literal, parse_literal
 
 LARGE = 1 << 30
 

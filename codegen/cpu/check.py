@@ -13,12 +13,12 @@ access must lie in any of the launch's tensors. The launch raises OutOfBounds af
 
 from collections.abc import Sequence
 
+from .c_types import BYTES
 from .cells import closed
 from .evaluate import Evaluator
 from .ir import Block, Function, Op, Value
 from .plan import ACCESSES
 from .report import PROGRAM_ID, c_format
-from .spelling import BYTES
 
 THROUGH = frozenset(("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "tt.unsplat"))
 ACCESS_NAMES = {"tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic"}

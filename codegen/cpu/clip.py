@@ -7,10 +7,11 @@ tl.sum(tl.exp(x - m), 0)                the loop ends at n: past it are equal te
 """
 
 from .affine import Conjunct, Map, compare_conjunct, conjuncts, through_view
+from .c_types import parse_literal
 from .ir import Op, Value
 from .nest import Extent, Nest
 from .plan import is_lazy
-from .spelling import is_elementwise, parse_literal
+from .spelling import is_elementwise
 
 Number = float | int | bool
 TAIL_ADDS = ("arith.addf", "arith.addi")

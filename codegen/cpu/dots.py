@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from .affine import Map, conjuncts, through_view
+from .c_types import HALF, lanes_type, parse_literal
 from .cells import Stored
 from .dot import Operand, emit_dot
-from .ir import Op, Value
+from .ir import Op, Value, unsupported
 from .nest import indented
-from .spelling import HALF, lanes_type, parse_literal, unsupported
 
 
 class DotPrinter:

@@ -3,13 +3,14 @@
 import os
 
 from ...compiler.errors import TooLargeKernel
+from .c_types import BYTES, SCALAR, scalar_type
 from .cells import Cell, Stored, constant_cell, constant_zero, row_major
 from .check import EXTENTS
-from .ir import Block, Function, Op, Type, Value
+from .ir import Block, Function, Op, Type, Value, unsupported
 from .memory import from_memory, to_memory
 from .plan import Plan, is_lazy
 from .roots import RootPrinter
-from .spelling import BYTES, SCALAR, is_elementwise, scalar_type, spell, unsupported
+from .spelling import is_elementwise, spell
 
 PROGRAM = ("pid_x", "pid_y", "pid_z")
 GRID = ("num_x", "num_y", "num_z")

@@ -1,13 +1,14 @@
 """Print the expression of a tensor value at a point of a nest, down to loads, stored arrays and scalars."""
 
 from .affine import Conjunct, compare_conjunct, through_view
+from .c_types import lanes_type, pointee_type, scalar_type
 from .cells import FALSE, TRUE, ZERO, Cell, Index, Stored, constant_cell, constant_zero
 from .index_arithmetic import IndexArithmetic
-from .ir import Op, Type, Value
+from .ir import Op, Type, Value, unsupported
 from .memory import MemoryAccess
 from .nest import Nest
 from .plan import is_lazy
-from .spelling import is_elementwise, lanes_type, pointee_type, scalar_type, spell, unsupported
+from .spelling import is_elementwise, spell
 
 
 class Evaluator(MemoryAccess, IndexArithmetic):

@@ -6,9 +6,10 @@ column + lane < n            a prefix: the first n - column lanes
 
 from dataclasses import replace
 
+from .c_types import scalar_type
 from .cells import LARGE, Cell, Index, closed, number
 from .ir import Op, Type
-from .spelling import scalar_type, spell
+from .spelling import spell
 
 LINEAR = ("tt.addptr", "arith.addi", "arith.subi", "arith.muli", "arith.extsi", "arith.divsi", "arith.remsi")
 

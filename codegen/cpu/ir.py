@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ...compiler.errors import UnsupportedKernel
+
 
 @dataclass(frozen=True)
 class Type:
@@ -111,3 +113,8 @@ class Function:
                 op.end = position
 
         visit(self.body)
+
+
+def unsupported(op: Op, why: str) -> UnsupportedKernel:
+    place = f"{op.location[0]}:{op.location[1]}: " if op.location else ""
+    return UnsupportedKernel(f"{place}{op.name} {why} on CPU; write it another way or run this kernel on a GPU")

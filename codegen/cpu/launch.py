@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ...compiler.errors import InputError, KernelFailed, OutOfBounds, ToolchainError
 from .build import build_library, with_prelude
+from .c_types import scalar_type
 from .check import extent, insert_checks
 from .emit import KernelPrinter
 from .parse import parse_module
-from .spelling import scalar_type
 from .target import CpuTarget, host_target
 from .ttir import make_ttir
 

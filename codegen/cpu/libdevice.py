@@ -6,8 +6,8 @@ and "" for fp64. Those in VECTORS take whole vectors; all others one lane at a t
 
 import re
 
-from .ir import Op
-from .spelling import SCALAR, lanes_type, unsupported
+from .c_types import SCALAR, lanes_type
+from .ir import Op, unsupported
 
 VECTORS = {  # by the name without __nv_; of functions that come as fp32 and fp64, by the fp64's
     "exp": "exponential<{V}>({0})",

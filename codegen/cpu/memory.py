@@ -1,8 +1,8 @@
 """Print loads, gathers and stores of lanes, and reads and writes of local arrays. Masked-off lanes touch no memory."""
 
+from .c_types import SMALL_FLOATS, lanes_type, pointee_type, scalar_type
 from .cells import Cell, Index, Stored, closed, constant_zero, element_place
 from .ir import Op, Type, Value
-from .spelling import SMALL_FLOATS, lanes_type, pointee_type, scalar_type
 
 
 class MemoryAccess:

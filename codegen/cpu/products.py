@@ -13,13 +13,13 @@ from dataclasses import replace as with_changes
 from pathlib import Path
 
 from .affine import Map, conjuncts, through_view
+from .c_types import parse_literal
 from .cells import ZERO, Index, Stored, element_place
 from .evaluate import Evaluator
 from .ir import Op, Type, Value
 from .nest import Nest
 from .plan import is_lazy
 from .ranges import Range, value_range
-from .spelling import parse_literal
 
 HELPERS = Path(__file__).with_name("pair_sums.h").read_text()
 IN_BYTES = frozenset(  # what a byte may be computed with, beside loads, arrays and views

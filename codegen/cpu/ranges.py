@@ -5,9 +5,9 @@ w >> 4 (unsigned)   0 .. 15     where w is 8 bits wide
 extsi(w) + 1        -127 .. 128
 """
 
+from .c_types import parse_literal
 from .ir import Op, Value
 from .plan import VIEWS
-from .spelling import parse_literal
 
 Range = tuple[int, int]
 BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64}

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+from .c_types import lanes_type, literal
 from .cells import Cell, Stored, closed, constant_cell
 from .clip import TAIL_ADDS
 from .evaluate import Evaluator
 from .ir import Block, Op, Value
 from .nest import Nest
-from .spelling import lanes_type, literal, spell
+from .spelling import spell
 
 INFINITY = float("inf")
 IDENTITY = {

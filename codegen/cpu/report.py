@@ -6,11 +6,11 @@ device_assert ends its program; the launch raises after it, with the line, the p
 
 import math
 
+from .c_types import BYTES, SMALL_FLOATS
 from .cells import closed
 from .evaluate import Evaluator
 from .ir import Op, Type, Value
 from .nest import Nest
-from .spelling import BYTES, SMALL_FLOATS
 
 PROGRAM_ID = "(int)pid_x, (int)pid_y, (int)pid_z"
 

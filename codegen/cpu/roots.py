@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from .affine import Affine, Conjunct, Map, conjuncts, step, through_view
 from .atomics import AtomicPrinter
+from .c_types import BYTES
 from .cells import Stored, closed, row_major
 from .check import CheckPrinter
 from .clip import Clipper
@@ -18,7 +19,6 @@ from .plan import is_lazy
 from .products import ProductPrinter
 from .reduce import ReducePrinter
 from .report import ReportPrinter
-from .spelling import BYTES
 from .versions import Versioner
 
 
