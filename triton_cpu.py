@@ -34,16 +34,18 @@ class Enabled:
             disable()
 
 
-def enable(isa: str | None = None) -> Enabled:
+def enable(isa: str | None = None, checked: bool | None = None) -> Enabled:
     """Let Triton run kernels on the CPU.
 
-    isa: an instruction set below the CPU's ("avx2", "generic"); the default is the best one, or $EFFC_ISA.
+    isa: an instruction set below the CPU's ("avx2", "generic"); the default is the best one, or $EFFC_ISA. checked:
+    every access to memory is compared with its tensor's bounds, and `tl.device_assert` holds; the launch raises what
+    it finds, with the line of the kernel. The default is what $EFFC_TRITON_CHECK says, else False.
     Raises ToolchainError without a C++ compiler, InputError for an isa that is unknown or more than the CPU has.
     """
     from .codegen.cpu.switch import Switch
     from .codegen.cpu.target import host_target
 
-    switch = Switch(host_target(isa))
+    switch = Switch(host_target(isa, checked))
     switch.turn_on()
     ENABLED.append(switch)
     return Enabled(switch)

@@ -6,6 +6,7 @@ from pathlib import Path
 import effc.triton_cpu
 import pytest
 import torch
+from effc.codegen.cpu.target import available_isas
 from torch.nn import functional as F
 
 
@@ -17,9 +18,12 @@ def two_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def enabled(two_threads):
-    with effc.triton_cpu.enable():
+BEST, *LESSER = available_isas()
+
+
+@pytest.fixture(autouse=True, params=[BEST, *(pytest.param(isa, marks=pytest.mark.slow) for isa in LESSER)])
+def enabled(request, two_threads):
+    with effc.triton_cpu.enable(request.param):
         yield
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import effc
@@ -13,7 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from effc.compiler.errors import InputError, UnsupportedKernel
+from effc.compiler.errors import InputError, KernelFailed, OutOfBounds, UnsupportedKernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
@@ -300,6 +301,46 @@ def test_what_a_cpu_cannot_do_is_refused_with_the_line():
         add_kernel[(8,)](*[torch.zeros(N)] * 3, N, launch_cooperative_grid=True)
     with pytest.raises(KeyError, match="nonsense"):
         add_kernel[(8,)](*[torch.zeros(N)] * 3, N, nonsense=1)
+
+
+@triton.jit
+def positive_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    tl.device_assert(x > 0, "not positive")
+    tl.store(out_ptr + i, tl.log(x))
+
+
+def test_assertions_hold_where_debugging_asks_for_them(monkeypatch):
+    x, out = torch.ones(16), torch.zeros(16)
+    positive_kernel[(1,)](x, out, BLOCK=16, debug=True)
+    x[3] = -1
+    positive_kernel[(1,)](x, out, BLOCK=16)
+    with pytest.raises(KernelFailed, match=r"test_triton_cpu\.py:\d+.*not positive"):
+        positive_kernel[(1,)](x, out, BLOCK=16, debug=True)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.debug = True
+        with pytest.raises(KernelFailed):
+            positive_kernel[(1,)](x, out, BLOCK=16)
+
+
+def test_checked_kernels_raise_at_the_line_that_leaves_a_tensor():
+    x, out = random(N), torch.zeros(N)
+    with effc.triton_cpu.enable(checked=True):
+        add_kernel[(8,)](x, x, out, N)
+        assert torch.equal(out, 2 * x)
+        with pytest.raises(OutOfBounds, match=r"test_triton_cpu\.py:\d+.*add_kernel"):
+            add_kernel[(9,)](x, x, out, N + 1)
+    add_kernel[(8,)](x, x, out, N)
+
+
+def test_kernels_compile_side_by_side_where_triton_is_asked_to():
+    x, out = random(N), torch.zeros(N)
+    with ThreadPoolExecutor(2) as pool, triton.AsyncCompileMode(pool):
+        for block in (32, 64, 512):
+            add_kernel.warmup(x, x, out, N, BLOCK=block, grid=(1,))
+    add_kernel[(2,)](x, x, out, N, BLOCK=512)
+    assert torch.equal(out, 2 * x)
 
 
 # --- threads and processes ---------------------------------------------------------------------------------------

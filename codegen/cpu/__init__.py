@@ -7,6 +7,9 @@ computed, and `evaluate` (with `index_arithmetic` and `memory`) the expressions 
 `spelling`, `libdevice` and `c_types` hold the tables of C++; `report` prints what kernels tell. `prelude.h`, `math.h`
 and `threads.h` are what the C++ stands on, `dot.h` and `pair_sums.h` what products do. `target`, `build` and `launch`
 find the compiler, run it and call the result.
+
+`driver` (with `arguments` and `switch`) is the same as a backend of Triton's own, for `kernel[grid](...)`. `listing`
+and `assembly` show what became of a kernel.
 """
 
 from .build import PRELUDE, build_library, with_prelude

@@ -52,7 +52,7 @@ class CpuBackend(BaseBackend):
 
     def __init__(self, target: GPUTarget) -> None:
         super().__init__(target)
-        self.cpu = host_target(target.arch or None)
+        self.cpu = host_target(target.arch, checked=False) if target.arch else host_target()
 
     @staticmethod
     def supports_target(target: GPUTarget) -> bool:
