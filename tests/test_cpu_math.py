@@ -282,3 +282,19 @@ def test_helpers_of_the_standard_library(outer_isa):
     torch.testing.assert_close(m, x.softmax(1), rtol=2e-6, atol=0)
     assert not z.any()
     assert c.item() == 8
+
+
+@triton.jit
+def expect_zero_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n)
+    tl.store(out_ptr + i, tl.expect_zero(x, x < -1e30), mask=i < n)
+
+
+@pytest.mark.skipif(not hasattr(tl, "expect_zero"), reason="this Triton has no expect_zero")
+def test_expect_zero_keeps_values():
+    x = torch.randn(100, generator=torch.Generator().manual_seed(4))
+    print("seed 4")
+    out = torch.zeros(100)
+    run_over(expect_zero_kernel, x, out)
+    assert torch.equal(out, x)
