@@ -16,6 +16,7 @@ PROGRAM = ("pid_x", "pid_y", "pid_z")
 GRID = ("num_x", "num_y", "num_z")
 AXES = {"x": 0, "y": 1, "z": 2}
 LARGE = 1 << 30
+REGISTERS = {16: 32, 8: 16, 4: 16}  # of vectors, by their lanes
 IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.map_elementwise.return", "ub.poison"))
 CONTROL = {"scf.for": "print_for", "scf.if": "print_if", "scf.while": "print_while"}
 CONTROL |= {"scf.execute_region": "print_region"}
@@ -223,11 +224,19 @@ class KernelPrinter:
         self.indent += 1
         self.block(body)
         self.assign_yields(body, carried)
+        self.make_room(body, carried)
         self.indent -= 1
         self.emit("}")
         for result, arg in zip(op.results, carried, strict=True):
             if not arg.type.is_tensor:
                 self.let(result, arg.name)
+
+    def make_room(self, body: Block, carried: list[Value]) -> None:
+        """Keep what a loop carries out of registers where sums inside it need that many for themselves."""
+        shapes = {result.type.shape for op in body.ops if op.name == "tt.reduce" for result in op.results}
+        for arg in carried:
+            if arg.type.shape in shapes and arg.type.numel > REGISTERS[self.lanes] * self.lanes // 4:
+                self.emit(f"in_memory({self.storage[arg].array});")
 
     def assign_yields(self, body: Block, targets: list[Value]) -> None:
         self.roots.assign_all(targets, body.ops[-1].operands)

@@ -83,6 +83,9 @@ template <typename V, typename M> static inline V select(M m, V a, V b) {
 }
 
 static inline int32_t clip(int64_t count, int32_t size) { return count < 0 ? 0 : count > size ? size : (int32_t)count; }
+// Keeps an array out of registers here: gcc would hold it in them around a loop and spill what that loop works with.
+template <typename T, int N> static inline void in_memory(T (&array)[N]) { asm volatile("" : "+m"(array)); }
+
 static inline int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
 }  // namespace tt
