@@ -3,6 +3,7 @@
 It keeps bf16 as uint16, but adds, compares and converts these as integers and rounds to them by cutting off; its
 maximum and minimum propagate NaN where Triton's default drops it. Constants of bf16, and ~ of unsigned integers, it
 cannot make; its atomics read flipped or transposed operands in the order of memory, and sums past the type raise.
+Scalars compared are of the operands' type, and splat as such.
 """
 
 import numpy as np
@@ -45,7 +46,8 @@ def mend() -> None:
     def binary_op(self, lhs, rhs, op):
         if is_bf16(lhs):
             return narrowed(op(widened(lhs).data, widened(rhs).data), lhs)
-        return original["binary_op"](self, lhs, rhs, op)
+        result = original["binary_op"](self, lhs, rhs, op)
+        return TensorHandle(result.data, tl.int1) if result.data.dtype.kind == "b" else result
 
     def ternary_op(self, lhs, rhs, other, op):
         if is_bf16(other) and op is not np.where:

@@ -184,6 +184,7 @@ class RegionStatements(MemoryStatements):
     def body(self, statements: int) -> None:
         self.depth += 1
         self.indent += 1
+        self.line("pass")
         for _ in range(self.numbers.randint(1, statements)):
             self.statement()
 
@@ -292,12 +293,10 @@ class RegionStatements(MemoryStatements):
         self.line(f"if {self.condition()}:")
         self.body(3)
         self.changes(carried)
-        self.line("pass")
         self.leave(known)
         if self.chance(50):
             self.line("else:")
             self.body(3)
             self.changes(carried)
-            self.line("pass")
             self.leave(known)
         return True

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .kernel_workers import Job
+
 SIGNED = ("i8", "i16", "i32", "i64")
 UNSIGNED = ("u8", "u16", "u32", "u64")
 INTEGERS = SIGNED + UNSIGNED
@@ -151,6 +153,13 @@ class Kernel:
     grid: tuple[int, int, int]
     seed: int
     divisible: tuple[str, ...] = ()
+
+    def job(self) -> Job:
+        extents = []
+        for buffer in self.buffers:
+            start = buffer.offset() + buffer.low * BYTES[buffer.dtype]
+            extents.append((start, start + (buffer.high - buffer.low + 1) * BYTES[buffer.dtype]))
+        return Job(self.name, self.source, self.arguments, self.memories(), self.grid, self.divisible, tuple(extents))
 
     def memories(self) -> list[np.ndarray]:
         numbers = np.random.default_rng(self.seed)

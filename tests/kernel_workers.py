@@ -1,7 +1,7 @@
 """Processes that run random kernels: Triton's interpreter, and the CPU target. A kernel that crashes takes only its
 process along.
 
-    with Worker("interpreter") as reference, Worker("native") as native:
+    with Worker("interpreter") as reference, Worker("native") as native:     or "checked": the target's debug mode
         want, got = reference.run(jobs), native.run(jobs)      a list of memories, or a Failure, for each job
 
 The interpreter wants TRITON_INTERPRET set before Triton is imported. Where it is known to be wrong it is mended here:
@@ -37,6 +37,7 @@ class Job:
     memories: list[np.ndarray]
     grid: tuple[int, int, int]
     divisible: tuple[str, ...] = ()
+    extents: tuple[tuple[int, int], ...] = ()  # first byte that the kernel may touch, and the one after the last
 
 
 @dataclass
@@ -128,7 +129,7 @@ class Memory:
 def run_native(jobs: list[Job]) -> list[list[np.ndarray] | str]:
     from effc.codegen.cpu import host_target, lower
 
-    target, lowered = host_target(), []
+    target, lowered = host_target(checked=sys.argv[1] == "checked"), []
     for job in jobs:
         try:
             signature = {name: kind for name, kind, _ in job.arguments}
@@ -157,7 +158,7 @@ CTYPES |= {f"int{bits}_t": getattr(ctypes, f"c_int{bits}") for bits in (8, 16, 3
 
 def build(kernels: list, target) -> list:
     """Launchers of kernels, all from one translation unit; a compiler's refusal is the launcher of what it refuses."""
-    from effc.codegen.cpu import PRELUDE, build_library
+    from effc.codegen.cpu.build import build_library, with_prelude
     from effc.codegen.cpu.launch import cache_folder
     from effc.compiler.errors import ToolchainError
 
@@ -165,9 +166,12 @@ def build(kernels: list, target) -> list:
     for kernel in kernels:
         params = "".join(f"{type_} a{k}, " for k, (_, type_) in enumerate(kernel.params))
         args = "".join(f"a{k}, " for k in range(len(kernel.params)))
+        if kernel.checked:
+            params += "const check::Extent *extents, "
+            args += "extents, "
         texts.append(kernel.cpp + LAUNCHER.format(params=params, args=args, name=kernel.name))
     try:
-        library = ctypes.CDLL(str(build_library(PRELUDE + "\n".join(texts), target, cache_folder())))
+        library = ctypes.CDLL(str(build_library(with_prelude("\n".join(texts)), target, cache_folder())))
     except ToolchainError as error:
         if len(kernels) == 1:
             return [str(error)]
@@ -176,7 +180,11 @@ def build(kernels: list, target) -> list:
     for kernel in kernels:
         function = getattr(library, f"launch_{kernel.name}")
         function.restype = None
-        function.argtypes = [CTYPES.get(type_, ctypes.c_void_p) for _, type_ in kernel.params] + [ctypes.c_int32] * 3
+        types = [CTYPES.get(type_, ctypes.c_void_p) for _, type_ in kernel.params]
+        types += [ctypes.c_void_p] if kernel.checked else []
+        function.argtypes = types + [ctypes.c_int32] * 3
+        function.failure = library.take_failure if "report::" in kernel.cpp else lambda: None
+        function.failure.restype = ctypes.c_char_p
         functions.append(function)
     return functions
 
@@ -186,7 +194,13 @@ def call(function, job: Job) -> list[np.ndarray] | str:
         return function
     memories = [Memory(data) for data in job.memories]
     values = [memories[v[0]].address(v[1]) if isinstance(v, tuple) else v for _, _, v in job.arguments]
+    if len(function.argtypes) > len(values) + 3:
+        pointers = [v[0] for _, _, v in job.arguments if isinstance(v, tuple)]
+        ends = [memories[k].address(place) for k in pointers for place in job.extents[k]]
+        values.append((ctypes.c_int64 * len(ends))(*ends))
     function(*values, *job.grid)
+    if failure := function.failure():
+        return failure.decode()
     return [memory.data for memory in memories]
 
 
@@ -225,7 +239,7 @@ def main() -> None:
         import kernel_reference
 
         kernel_reference.mend()
-    run = {"interpreter": run_interpreter, "native": run_native}[kind]
+    run = {"interpreter": run_interpreter}.get(kind, run_native)
     connection = Connection(handle)
     with contextlib.suppress(EOFError):
         while True:

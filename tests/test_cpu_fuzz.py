@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from .kernel_fuzz import generate
 from .kernel_text import Kernel
-from .kernel_workers import Failure, Job, Worker
+from .kernel_workers import Failure, Worker
 
 BATCH = 25  # kernels in one translation unit
 SETTINGS = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -22,7 +22,7 @@ def workers() -> Iterator[tuple[Worker, Worker]]:
 
 def check(kernels: list[Kernel], reference: Worker, native: Worker) -> None:
     """Fails with the source of the first kernel whose results differ, ready to be pasted."""
-    jobs = [Job(k.name, k.source, k.arguments, k.memories(), k.grid, k.divisible) for k in kernels]
+    jobs = [kernel.job() for kernel in kernels]
     reference.send(jobs)
     got, want = native.run(jobs), reference.finish(jobs)
     for kernel, found, expected in zip(kernels, got, want, strict=True):
@@ -42,6 +42,14 @@ def draw_kernels(data: st.DataObject) -> list[Kernel]:
 @given(st.data())
 def test_300_random_kernels(workers: tuple[Worker, Worker], data: st.DataObject) -> None:
     check(draw_kernels(data), *workers)
+
+
+@settings(SETTINGS, max_examples=2)
+@given(st.data())
+def test_random_kernels_in_debug_mode(data: st.DataObject) -> None:
+    """Every element that a kernel may touch lies inside, so that no check may fail."""
+    with Worker("interpreter") as reference, Worker("checked") as native:
+        check(draw_kernels(data), reference, native)
 
 
 @pytest.mark.slow

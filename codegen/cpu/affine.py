@@ -116,23 +116,35 @@ class AffineAnalysis:
         return Affine(terms=(Term(value.name, self.divisors.get(value, 1)),))
 
     def of(self, value: Value, at: Map) -> Affine | None:
-        """The affine form of `value` (i32, i64 or pointer), indexed by the tile as `at` says; None if it has none."""
+        """The affine form of `value` (i32, i64 or pointer), indexed by the tile as `at` says; None if it has none.
+
+        It holds where no sum or product of indices leaves its type, as Triton's own analysis of addresses supposes.
+        """
+        return self.form(value, at, {})
+
+    def form(self, value: Value, at: Map, known: dict[tuple[Value, Map], Affine | None]) -> Affine | None:
+        """`of`, with the forms found on the way: what is used twice is looked at once."""
+        if (value, at) not in known:
+            known[value, at] = self.find(value, at, known)
+        return known[value, at]
+
+    def find(self, value: Value, at: Map, known: dict[tuple[Value, Map], Affine | None]) -> Affine | None:
         if not value.type.is_tensor:
             return self.scalar(value) if value.type.element in ("i32", "i64", "ptr", "index", "i16") else None
         op = value.op
         if op is None or value in self.stored:
             return None
         if op.name == "tt.splat":
-            return self.of(op.operands[0], ())
+            return self.form(op.operands[0], (), known)
         if op.name == "arith.constant" and value.type.element in ("i16", "i32", "i64"):
             return Affine(constant=int(parse_literal(op.attrs["value"], value.type.element)))
         if op.name == "tt.make_range":
             coefficients = () if at[0] is None else ((at[0], 1),)
             return Affine(constant=int(op.attrs["start"]), coefficients=coefficients)
         if (inner := through_view(value, at)) is not None:
-            return self.of(*inner)
+            return self.form(*inner, known)
         if op.name in ("arith.extsi", "arith.index_cast") and op.operands[0].type.element != "i1":
-            form = self.of(op.operands[0], at)
+            form = self.form(op.operands[0], at, known)
             if form is None or op.result.type.element != "i64":
                 return form
             terms = tuple(Term(f"(int64_t){wrapped(t.text)}", t.divisor) for t in form.terms)
@@ -141,7 +153,7 @@ class AffineAnalysis:
             )
             return Affine(form.pointer, terms, form.constant, coefficients)
         if op.name in ("arith.addi", "tt.addptr", "arith.subi", "arith.muli") and value.type.element != "i1":
-            left, right = (self.of(operand, at) for operand in op.operands)
+            left, right = (self.form(operand, at, known) for operand in op.operands)
             if left is None or right is None:
                 return None
             if op.name == "arith.muli":
@@ -152,13 +164,21 @@ class AffineAnalysis:
         return None
 
 
-def step(value: Value, at: Map, dim: int) -> int | None:
+def step(value: Value, at: Map, dim: int, known: dict[tuple[Value, Map], int | None] | None = None) -> int | None:
     """How much an integer or pointer grows per element along `dim`, whatever it is along the others; None if unknown.
 
     It needs no affine form of the whole: a row's address may be looked up, its columns still follow each other.
+    known: steps along `dim` found on the way.
     """
     if not value.type.is_tensor or dim not in at:
         return 0
+    known = {} if known is None else known
+    if (value, at) not in known:
+        known[value, at] = find_step(value, at, dim, known)
+    return known[value, at]
+
+
+def find_step(value: Value, at: Map, dim: int, known: dict[tuple[Value, Map], int | None]) -> int | None:
     op = value.op
     if op is None:
         return None
@@ -167,15 +187,15 @@ def step(value: Value, at: Map, dim: int) -> int | None:
     if op.name == "tt.make_range":
         return 1
     if (inner := through_view(value, at)) is not None:
-        return step(*inner, dim)
+        return step(*inner, dim, known)
     if op.name in ("arith.extsi", "arith.index_cast"):
-        return step(op.operands[0], at, dim)
+        return step(op.operands[0], at, dim, known)
     if op.name in ("arith.addi", "tt.addptr", "arith.subi"):
-        left, right = (step(operand, at, dim) for operand in op.operands)
+        left, right = (step(operand, at, dim, known) for operand in op.operands)
         if left is None or right is None:
             return None
         return left - right if op.name == "arith.subi" else left + right
-    if op.name.startswith("arith.") and all(step(operand, at, dim) == 0 for operand in op.operands):
+    if op.name.startswith("arith.") and all(step(operand, at, dim, known) == 0 for operand in op.operands):
         return 0
     return None
 
@@ -251,13 +271,17 @@ def compare_conjunct(leaf: Value, at: Map, analysis: AffineAnalysis) -> Conjunct
         left, right = right, left
     if right.coefficients or len(left.coefficients) != 1 or left.coefficients[0][1] != 1:
         return Conjunct(leaf, at)
-    right = right + Affine(constant=1 if predicate in ("sle", "sge") else 0)
+    more = 1 if predicate in ("sle", "sge") else 0
     base = Affine("", left.terms, left.constant)
     dim = left.coefficients[0][0]
-    divisor = min(base.divisor, right.divisor)
+    divisor = min(base.divisor, (right + Affine(constant=more)).divisor)
     if base.is_constant and right.is_constant:
-        end = right.constant - base.constant
+        end = right.constant + more - base.constant
         return Conjunct(leaf, at, dim, str(end), end, divisor)
-    if base.is_constant:
-        return Conjunct(leaf, at, dim, (right + Affine(constant=-base.constant)).base(), None, divisor)
-    return Conjunct(leaf, at, dim, f"(int64_t){wrapped(right.base())} - {wrapped(base.base())}", None, divisor)
+    if base.is_constant and base.constant == more:
+        return Conjunct(leaf, at, dim, right.base(), None, divisor)
+    text = f"(int64_t){wrapped(right.base())}"  # i <= n holds everywhere for the largest n
+    if not base.is_constant:
+        text += f" - {wrapped(base.base())}"
+        return Conjunct(leaf, at, dim, f"{text} + 1" if more else text, None, divisor)
+    return Conjunct(leaf, at, dim, f"{text} + {wrapped(str(more - base.constant))}", None, divisor)

@@ -6,14 +6,17 @@ x = load(p, mask=c < n, other=-inf)
 tl.sum(tl.exp(x - m), 0)                the loop ends at n: past it are equal terms, exp(-inf - m), added at once
 """
 
+import math
+
 from .affine import Conjunct, Map, compare_conjunct, conjuncts, through_view
-from .c_types import parse_literal
+from .c_types import BYTES, parse_literal
 from .ir import Op, Value
 from .nest import Extent, Nest
 from .plan import is_lazy
 from .spelling import is_elementwise
 
 Number = float | int | bool
+CONVERSIONS = ("arith.extf", "arith.truncf", "arith.extsi", "arith.extui", "arith.sitofp", "arith.uitofp")
 TAIL_ADDS = ("arith.addf", "arith.addi")
 TAIL_PICKS = ("arith.maxnumf", "arith.maximumf", "arith.minnumf", "arith.minimumf", "arith.maxsi", "arith.minsi")
 
@@ -91,39 +94,49 @@ class Clipper:
         at: Map = tuple(range(len(value.type.shape)))
         return [part for part in self.mask_parts(value, at) if self.value_without(value, at, part) == identity]
 
-    def value_without(self, value: Value, at: Map, part: Conjunct) -> Number | None:
-        """What `value` is where `part` does not hold, if that is one number. True of stored values as well."""
+    def value_without(
+        self, value: Value, at: Map, part: Conjunct, known: dict[tuple[Value, Map], Number | None] | None = None
+    ) -> Number | None:
+        """What `value` is where `part` does not hold, if that is one number. True of stored values as well.
+
+        known: numbers found on the way.
+        """
+        known = {} if known is None else known
+        if (value, at) not in known:
+            known[value, at] = self.find_value_without(value, at, part, known)
+        return known[value, at]
+
+    def find_value_without(
+        self, value: Value, at: Map, part: Conjunct, known: dict[tuple[Value, Map], Number | None]
+    ) -> Number | None:
         op = value.op
         if op is None:
             return None
         if op.name == "arith.constant":
             return parse_literal(op.attrs["value"], value.type.element)
         if op.name == "tt.splat":
-            return self.value_without(op.operands[0], (), part)
+            return self.value_without(op.operands[0], (), part, known)
         if (source := through_view(value, at)) is not None:
-            return self.value_without(*source, part)
+            return self.value_without(*source, part, known)
         if not value.type.is_tensor or not is_lazy(op):
             return None
         if op.name == "arith.cmpi":
             same = any((leaf.dim, leaf.end) == (part.dim, part.end) for leaf in conjuncts(value, at, self.analysis))
             return False if same else None
         if op.name == "tt.load":
-            if len(op.operands) < 2 or self.value_without(op.operands[1], at, part) is not False:
+            if len(op.operands) < 2 or self.value_without(op.operands[1], at, part, known) is not False:
                 return None
-            return 0.0 if len(op.operands) < 3 else self.value_without(op.operands[2], at, part)
-        inner = [self.value_without(operand, at, part) for operand in op.operands]
+            return 0.0 if len(op.operands) < 3 else self.value_without(op.operands[2], at, part, known)
+        inner = [self.value_without(operand, at, part, known) for operand in op.operands]
         if op.name == "arith.select" and inner[0] is not None:
             return inner[1] if inner[0] else inner[2]
         if op.name == "arith.andi" and value.type.element == "i1" and any(item is False for item in inner):
             return False
         if not inner or any(item is None for item in inner):
             return None
-        if op.name in ("arith.mulf", "arith.muli"):
-            return inner[0] * inner[1]
-        if op.name in ("arith.addf", "arith.addi"):
-            return inner[0] + inner[1]
-        same = ("arith.extf", "arith.truncf", "arith.extsi", "arith.extui", "arith.sitofp", "arith.uitofp")
-        return inner[0] if op.name in same else None
+        if op.name in ("arith.mulf", "arith.muli", "arith.addf", "arith.addi"):
+            return combined_number(op, *inner)
+        return converted_number(op, inner[0]) if op.name in CONVERSIONS else None
 
     # -- values that are all the same outside of a mask
 
@@ -151,15 +164,20 @@ class Clipper:
             return None
         return parts[0] if self.same_without(value, at, parts[0]) else None
 
-    def same_without(self, value: Value, at: Map, part: Conjunct) -> bool:
-        """Whether `value` does not change along part.dim where `part` does not hold. Of stored values as well."""
+    def same_without(self, value: Value, at: Map, part: Conjunct, seen: set[tuple[Value, Map]] | None = None) -> bool:
+        """Whether `value` does not change along part.dim where `part` does not hold. Of stored values as well.
+
+        seen: what is looked at elsewhere.
+        """
         op = value.op
-        if not value.type.is_tensor or part.dim not in at:
+        seen = set() if seen is None else seen
+        if not value.type.is_tensor or part.dim not in at or (value, at) in seen:
             return True
+        seen.add((value, at))
         if op is None:
             return False
         if (source := through_view(value, at)) is not None:
-            return self.same_without(*source, part)
+            return self.same_without(*source, part, seen)
         if op.name in ("arith.constant", "tt.splat"):
             return True
         if op.name == "arith.cmpi" and value.type.element == "i1":
@@ -169,10 +187,10 @@ class Clipper:
         if op.name == "tt.load":
             if len(op.operands) < 2 or self.value_without(op.operands[1], at, part) is not False:
                 return False
-            return all(self.same_without(other, at, part) for other in op.operands[2:])
+            return all(self.same_without(other, at, part, seen) for other in op.operands[2:])
         if op.name == "arith.andi" and value.type.element == "i1" and self.value_without(value, at, part) is False:
             return True
-        return is_elementwise(op) and all(self.same_without(operand, at, part) for operand in op.operands)
+        return is_elementwise(op) and all(self.same_without(operand, at, part, seen) for operand in op.operands)
 
     # -- values that nobody reads outside of a mask
 
@@ -259,3 +277,27 @@ class Clipper:
 
         visit(root, tuple(range(len(root.type.shape))) if root.type.is_tensor else (), True)
         return found
+
+
+def combined_number(op: Op, a: Number, b: Number) -> Number | None:
+    """a + b or a * b in op's type; None where that may round."""
+    times = op.name.startswith("arith.mul")
+    result = a * b if times else a + b
+    if not op.result.type.is_float:
+        bits = 8 * BYTES[op.result.type.element]
+        return (result + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
+    neutral = 1 if times else 0
+    exact = neutral in (a, b) or 0 in (a, b) or math.isinf(result) or (result == 0 and not times)
+    return result if exact else None
+
+
+def converted_number(op: Op, number: Number) -> Number | None:
+    """`number` as op's type; None where that is another number."""
+    signed = op.name in ("arith.extsi", "arith.sitofp")
+    if op.operands[0].type.element == "i1":
+        return -int(number) if signed else int(number)
+    if number < 0 and op.name in ("arith.extui", "arith.uitofp"):
+        return None
+    rounds = op.name == "arith.truncf" and not math.isinf(number)
+    rounds = rounds or (op.name in ("arith.sitofp", "arith.uitofp") and abs(number) > 256)
+    return None if rounds and number else number

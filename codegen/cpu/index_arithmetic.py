@@ -6,11 +6,12 @@ column + lane < n            a prefix: the first n - column lanes
 
 from dataclasses import replace
 
-from .c_types import scalar_type
+from .c_types import BYTES, scalar_type
 from .cells import LARGE, Cell, Index, closed, number
 from .ir import Op, Type
 from .spelling import spell
 
+LONG = 200  # characters of an expression that gets a name of its own
 LINEAR = ("tt.addptr", "arith.addi", "arith.subi", "arith.muli", "arith.extsi", "arith.divsi", "arith.remsi")
 
 
@@ -63,7 +64,7 @@ class IndexArithmetic:
                 "arith.subi": a.constant - b.constant,
                 "arith.muli": a.constant * b.constant,
             }
-            if abs(value[op.name]) < 2**31:
+            if abs(value[op.name]) < 2 ** (8 * min(BYTES[element], 4) - 1):
                 return replace(number(value[op.name]), level=level)
         if op.name == "arith.muli":
             if len(ramps) == 2:
@@ -90,7 +91,7 @@ class IndexArithmetic:
             if (at and level < self.nest.depth) or kind == "uniform":
                 text = self.nest.let(level, type_, op.result.name, text)
             return Cell(kind, text, level, stride, None, divisor)
-        if not text.replace("_", "").isalnum() and kind == "uniform":
+        if (not text.replace("_", "").isalnum() and kind == "uniform") or len(text) > LONG:
             text = self.nest.let(level, scalar_type(Type(element)), op.result.name, text)
         return Cell(kind, text, level, stride, None, divisor, nonnegative)
 

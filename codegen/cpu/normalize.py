@@ -69,7 +69,8 @@ def advance(block: Block, loop: Op, k: int, builder: Builder) -> None:
     step = uniform_step(yielded, arg)
     if step is None or arg.type.element not in ("ptr", "i32", "i64"):
         return
-    scalar, wide = Type(step.type.element), Type(step.type.element, arg.type.shape)
+    element = "i64" if arg.type.element == "ptr" else step.type.element  # distances of pointers may pass 32 bits
+    scalar, wide = Type(element), Type(element, arg.type.shape)
     add = yielded.op.name
     zero = builder.constant("0", scalar, f"{arg.name}_start")
     before = builder.take()
@@ -79,6 +80,8 @@ def advance(block: Block, loop: Op, k: int, builder: Builder) -> None:
     inside = builder.take()
     if step.type.is_tensor:
         step = builder.constant(step.op.attrs["value"], scalar, f"{arg.name}_step")
+    elif step.type != scalar:
+        step = builder.make("arith.extsi", [step], scalar, f"{arg.name}_step")
     following = builder.make("arith.addi", [distance, step], scalar, f"{arg.name}_next")
     body.ops[-1:] = [*builder.take(), terminator]
     end = builder.value(f"{result.name}_distance", scalar, loop)

@@ -126,6 +126,20 @@ template <typename T, typename... S> static inline Span span(const T *p, int64_t
   (reach < 0 ? s.low : s.high) += reach * (int64_t)sizeof(T);
   return s;
 }
+// Whether two elements of a tile of N dimensions have one address.
+template <int N> static inline bool lanes_meet(const int64_t (&strides)[N], const int64_t (&sizes)[N]) {
+  bool done[N] = {};
+  for (int64_t turn = 0, reach = 0; turn < N; ++turn) {  // from the smallest stride: each must pass what is below it
+    int next = -1;
+    int64_t least = INT64_MAX;
+    for (int k = 0; k < N; ++k)
+      if (int64_t stride = strides[k] < 0 ? -strides[k] : strides[k]; !done[k] && stride < least)
+        least = stride, next = k;
+    if (next < 0 || least <= reach) return true;
+    done[next] = true, reach += least * (sizes[next] - 1);
+  }
+  return false;
+}
 static inline bool overlap(Span a, Span b) { return a.low < b.high && b.low < a.high; }
 
 // Atomics return the old value. Programs of a grid run on several threads.

@@ -1,5 +1,6 @@
 """Print reductions, scans and dots."""
 
+import math
 from dataclasses import replace
 
 from .c_types import lanes_type, literal
@@ -111,7 +112,8 @@ class ReducePrinter:
             chains = max(1, min(chains, shape[axis] // width))
         copies = nest.chunks_per_turn if not along and vector_dim is not None else chains
         level = nest.level_of[axis] - 1
-        names = self.declare_accumulators(op, nest, copies, level, identity)
+        cut = any(part.dim == axis and part is not tail for part in parts)
+        names = self.declare_accumulators(op, nest, copies, level, self.start(op, nest, identity, cut))
         past = None if tail is None else evaluator.past_the_mask(op.operands[0], nest.indices(), tail)
 
         def body(copy: int) -> None:
@@ -165,23 +167,30 @@ class ReducePrinter:
             else:
                 self.kernel.let(result, f"{stored.array}[{stored.offset}]")
 
-    def declare_accumulators(self, op: Op, nest: Nest, copies: int, level: int, identity: object) -> list[list[str]]:
+    def start(self, op: Op, nest: Nest, identity: int | float | bool | None, cut: bool) -> str | None:
+        """C++ of what accumulators start with. The maximum of numbers drops NaN, yet of nothing but NaN it is NaN: it
+        starts with that, unless the loop is `cut` short by a mask past which the identity stands."""
+        if identity is None:
+            return None
+        element, axis = op.results[0].type.element, op.attrs["axis"]
+        text = literal(identity, element)
+        single, extent = self.combiner(op.blocks[0]), nest.extents[axis]
+        if single is None or single.name not in ("arith.maxnumf", "arith.minnumf") or (cut and extent.number == 0):
+            return text
+        nan = literal(math.nan, element)
+        return f"({extent.text} < {nest.shape[axis]} ? {text} : {nan})" if cut else nan
+
+    def declare_accumulators(self, op: Op, nest: Nest, copies: int, level: int, start: str | None) -> list[list[str]]:
         names = []
         for _ in range(copies):
             row = []
             for result in op.results:
                 name = nest.fresh(result.name)
                 kind = lanes_type(result.type.element, nest.width)
-                start = ""
-                if identity is not None:
-                    text = literal(identity, result.type.element)
-                    if nest.width > 1:
-                        text = f"-(int32_t){text}" if result.type.element == "i1" else text
-                        text = f"splat<{kind}>({text})"
-                    start = f" = {text}"
-                elif nest.width == 1 or identity is None:
-                    start = "{}"
-                nest.add(level, f"{kind} {name}{start};")
+                text = start
+                if start is not None and nest.width > 1:
+                    text = f"splat<{kind}>({'-(int32_t)' if result.type.element == 'i1' else ''}{start})"
+                nest.add(level, f"{kind} {name}{{}};" if text is None else f"{kind} {name} = {text};")
                 row.append(name)
             names.append(row)
         return names

@@ -198,7 +198,7 @@ class RootPrinter(
             self.kernel.scalar_store(op)
             return
         identity = tuple(range(len(pointer.type.shape)))
-        hazards = self.hazards(pointer, value, identity)
+        hazards = self.hazards(op)
         target = self.analysis.of(pointer, identity)
         shape = pointer.type.shape
         vector_dim, width = self.vector_dim(shape, [value], pointer)
@@ -212,7 +212,7 @@ class RootPrinter(
         self.kernel.emit("{")
         self.kernel.indent += 1
         shared = self.kernel.fresh("shared")
-        checks = " || ".join(dict.fromkeys(overlap_check(form, load, target, op, shape) for form, load in hazards))
+        checks = " || ".join(dict.fromkeys(hazards))
         self.kernel.emit(f"const bool {shared} = {checks};  // what is stored may be read again: go through an array")
         aside = self.kernel.array(Type(value.type.element, shape), value.name + "_aside")
         aside = replace(aside, type=Type(value.type.element, shape))
@@ -231,19 +231,28 @@ class RootPrinter(
         self.kernel.indent -= 1
         self.kernel.emit("}")
 
-    def hazards(self, pointer: Value, value: Value, identity: Map) -> list[tuple[Affine, Op] | None]:
-        """Loads inside `value` that the store itself might overtake; None for one without an affine form."""
-        found: list[tuple[Affine, Op] | None] = []
+    def hazards(self, op: Op) -> list[str | None]:
+        """When the store itself may overtake a load inside its value: C++ conditions, None for one that is unknown.
+
+        Where both address the same elements, that is when several lanes do: all of them read before any writes.
+        """
+        pointer, value = op.operands[:2]
+        shape = pointer.type.shape
+        identity = tuple(range(len(shape)))
+        found: list[str | None] = []
         target = self.analysis.of(pointer, identity)
         for read, at in self.reads(value, identity):
             if read in self.kernel.storage:
                 continue
-            source = read.op.operands[0]
-            form = self.analysis.of(source, at)
-            if (source is pointer and at == identity) or (form is not None and form == target):
-                continue
-            found.append(None if form is None else (form, read.op))
-        return found
+            form = self.analysis.of(read.op.operands[0], at)
+            if form is None or target is None:
+                found.append(None)
+            elif form == target:
+                check = meeting_check(target, shape)
+                found += [check] if check != "false" else []
+            else:
+                found.append(overlap_check(form, read.op, target, op, shape))
+        return [None if check == "true" else check for check in found]
 
     def store_nest(
         self, op: Op, value: Value, vector_dim: int | None, width: int, aside: tuple[str, Stored] | None
@@ -323,9 +332,9 @@ class RootPrinter(
         def body(_copy: int) -> None:
             at = nest.indices()
             place = evaluator.at(index, at)
-            moved = tuple(
-                replace(i, text=f"({place.text})", level=nest.depth) if d == axis else i for d, i in enumerate(at)
-            )
+            inside = f"(uint64_t)({place.text}) < {source.type.shape[axis]}"  # elsewhere any element will do
+            text = f"({inside} ? (int32_t)({place.text}) : 0)"
+            moved = tuple(replace(i, text=text, level=nest.depth) if d == axis else i for d, i in enumerate(at))
             for line in evaluator.write(result, at, evaluator.read(stored, moved, source)):
                 nest.add(nest.depth, line)
 
@@ -380,8 +389,24 @@ def overlap_check(form: Affine, load: Op, target: Affine, store: Op, shape: tupl
     check = f"overlap({span(form, shape)}, {span(target, shape)})"
     same_size = BYTES.get(source_pointer.pointee) == BYTES.get(target_pointer.pointee)
     if same_size and form.coefficients == target.coefficients:
-        return f"((const void *)({form.base()}) != (const void *)({target.base()}) && {check})"
+        differ = f"(const void *)({form.base()}) != (const void *)({target.base()})"
+        meet = meeting_check(target, shape)
+        return f"(({differ}{'' if meet == 'false' else f' || {meet}'}) && {check})"
     return check
+
+
+def meeting_check(form: Affine, shape: tuple[int, ...]) -> str:
+    """C++: whether two elements of a tile may have one address."""
+    wide = [(form.coefficient(dim), size) for dim, size in enumerate(shape) if size > 1]
+    if all(isinstance(coefficient, int) for coefficient, _ in wide):
+        reach = 0
+        for coefficient, size in sorted((abs(coefficient), size) for coefficient, size in wide):
+            if coefficient <= reach:
+                return "true"
+            reach += coefficient * (size - 1)
+        return "false"
+    strides, sizes = zip(*wide, strict=True)
+    return f"lanes_meet<{len(wide)}>({{{', '.join(map(str, strides))}}}, {{{', '.join(map(str, sizes))}}})"
 
 
 def span(form: Affine, shape: tuple[int, ...]) -> str:
