@@ -1,7 +1,7 @@
 """Processes that run random kernels: Triton's interpreter, and the CPU target. A kernel that crashes takes only its
 process along.
 
-    with Worker("interpreter") as reference, Worker("native") as native:     or "checked": the target's debug mode
+    with Worker("interpreter") as reference, Worker("native") as native:     or "checked", "sanitized"
         want, got = reference.run(jobs), native.run(jobs)      a list of memories, or a Failure, for each job
 
 The interpreter wants TRITON_INTERPRET set before Triton is imported. Where it is known to be wrong it is mended here:
@@ -10,6 +10,7 @@ it reads bf16 as integers and rounds to it by cutting off, and its maximum and m
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import socket
 import subprocess
@@ -23,8 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-TIMEOUT = 120  # seconds for one batch
+TIMEOUT = 300  # seconds for one batch
 ALIGN = 64
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=alignment,pointer-overflow", "-fno-sanitize-recover=all")
+SANITIZERS += ("-O1", "-g1")
 
 
 @dataclass
@@ -126,10 +129,27 @@ class Memory:
         return self.data.ctypes.data + offset
 
 
+class TightMemory:
+    """The part of `data` that a kernel may touch, on the heap to the byte: AddressSanitizer sees what goes past it."""
+
+    def __init__(self, data: np.ndarray, extent: tuple[int, int]):
+        heap = ctypes.CDLL(None)
+        heap.malloc.restype, heap.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        start, end = extent
+        self.base = heap.malloc(end - start + start % ALIGN) + start % ALIGN - start
+        ctypes.memmove(self.base + start, data[start:end].tobytes(), end - start)
+        self.data = data
+
+    def address(self, offset: int) -> int:
+        return self.base + offset
+
+
 def run_native(jobs: list[Job]) -> list[list[np.ndarray] | str]:
     from effc.codegen.cpu import host_target, lower
 
     target, lowered = host_target(checked=sys.argv[1] == "checked"), []
+    if sys.argv[1] == "sanitized":
+        target = dataclasses.replace(target, flags=target.flags + SANITIZERS)
     for job in jobs:
         try:
             signature = {name: kind for name, kind, _ in job.arguments}
@@ -193,6 +213,8 @@ def call(function, job: Job) -> list[np.ndarray] | str:
     if isinstance(function, str):
         return function
     memories = [Memory(data) for data in job.memories]
+    if sys.argv[1] == "sanitized":
+        memories = [TightMemory(data, extent) for data, extent in zip(job.memories, job.extents, strict=True)]
     values = [memories[v[0]].address(v[1]) if isinstance(v, tuple) else v for _, _, v in job.arguments]
     if len(function.argtypes) > len(values) + 3:
         pointers = [v[0] for _, _, v in job.arguments if isinstance(v, tuple)]

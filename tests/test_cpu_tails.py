@@ -62,7 +62,8 @@ def padded(x: torch.Tensor, n: int, other: float) -> torch.Tensor:
 
 def largest(x: torch.Tensor) -> torch.Tensor:
     """The maximum as tl.max takes it: NaN only where there is nothing else."""
-    return torch.where(x.isnan(), -math.inf, x).amax(-1, keepdim=True)
+    most = torch.where(x.isnan(), -math.inf, x).amax(-1, keepdim=True)
+    return torch.where(x.isnan().all(-1, keepdim=True), math.nan, most)
 
 
 def near(got: torch.Tensor, want: torch.Tensor) -> None:
