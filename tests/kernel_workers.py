@@ -95,7 +95,7 @@ class Worker:
         except (EOFError, OSError) as error:
             code = self.process.wait() if not isinstance(error, TimeoutError) else None
             self.errors.seek(0)
-            text = f"{error} {self.errors.read()[-4000:].decode()}"
+            text = f"{error} {self.errors.read()[-20000:].decode()}"
             self.stop()
             return Failure(f"the {self.kind} process ended with {code}: {text}")
 
