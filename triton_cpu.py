@@ -4,6 +4,7 @@
 
     effc.triton_cpu.enable()                      for the rest of the process, or until disable()
     with effc.triton_cpu.enable(): ...            for a while
+    python -m effc.triton_cpu FILE ARGUMENTS...   for a script that knows nothing of effc
 
 Afterwards `kernel[grid](...)` runs on CPU tensors, with `triton.autotune`, heuristics and `triton.testing.do_bench`,
 for kernels defined before or after. Kernels on a GPU's tensors go where they went before.
@@ -11,6 +12,9 @@ for kernels defined before or after. Kernels on a GPU's tensors go where they we
 
 from __future__ import annotations
 
+import runpy
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,3 +63,19 @@ def disable() -> None:
 
 def is_enabled() -> bool:
     return bool(ENABLED)
+
+
+def main() -> None:
+    """Run a Python file as `python FILE ARGUMENTS...` would, with the CPU enabled."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m effc.triton_cpu FILE ARGUMENTS...")
+    from . import triton_cpu  # this file is __main__ now, and not what the script may import
+
+    triton_cpu.enable()
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
