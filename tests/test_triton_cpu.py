@@ -338,7 +338,7 @@ def test_kernels_compile_side_by_side_where_triton_is_asked_to():
     assert torch.equal(out, 2 * x)
 
 
-# --- threads ------------------------------------------------------------------------------------------------------
+# --- threads -----------------------------------------------------------------------------------------------------
 
 
 def test_two_python_threads_launch_at_once():
