@@ -29,6 +29,8 @@ class KernelPrinter:
     def __init__(self, function: Function, name: str, lanes: int, checked: bool = False):
         self.function, self.name, self.lanes = function, name, lanes
         self.checked = checked
+        tensors = (value.type for op in function.body.walk() for value in op.results if value.type.is_tensor)
+        self.has_doubles = any(type_.element == "f64" for type_ in tensors)
         self.plan = Plan(function)
         self.analysis = self.plan.analysis
         self.storage: dict[Value, Stored] = {}

@@ -1,4 +1,4 @@
-// Lane operations in AVX2, FMA and F16C, for vectors of 8 lanes (see lanes_generic.h for what each does).
+// Lane operations in AVX2, FMA and F16C, for vectors of 8 lanes, or 4 of 64 bits (see lanes_generic.h for what each does).
 #if defined(__AVX2__) && __has_builtin(__builtin_shufflevector)
 
 namespace tt {
@@ -15,12 +15,17 @@ typedef long long l64x4 __attribute__((vector_size(32)));
 template <> inline bool any_lane(i32x8 m) { return __builtin_ia32_movmskps256((f32x8)m) != 0; }
 template <> inline bool all_lanes(i32x8 m) { return __builtin_ia32_movmskps256((f32x8)m) == 0xff; }
 
-// Words of 4 bytes: vpmaskmovd, and gathers by 64-bit addresses in two halves.
+// Words of 4 and of 8 bytes: vpmaskmov; gathers by 64-bit addresses, in two halves for 8 lanes.
 #ifdef __clang__
-#define GATHER4(from, address, m) (i32x4)__builtin_ia32_gatherq_d256(from, (const int *)0, address, m, 1)
+#define GATHER4 __builtin_ia32_gatherq_d256
+#define GATHER8 __builtin_ia32_gatherq_q256
 #else
-#define GATHER4(from, address, m) (i32x4)__builtin_ia32_gatherdiv4si256(from, (const int *)0, address, m, 1)
+#define GATHER4 __builtin_ia32_gatherdiv4si256
+#define GATHER8 __builtin_ia32_gatherdiv4di
 #endif
+#define FIRST(V, E, I)                                                                                           \
+  template <> inline V load_first<V>(const E *p, int32_t n) { return load_masked<V>(p, below<I>(n)); }           \
+  template <> inline void store_first<V>(E *p, V v, int32_t n) { store_masked<V>(p, v, below<I>(n)); }
 #define WORDS(V, E)                                                                                              \
   template <> inline V load_masked<V>(const E *p, i32x8 m) {                                                     \
     return (V)__builtin_ia32_maskloadd256((const i32x8 *)p, m);                                                  \
@@ -28,26 +33,44 @@ template <> inline bool all_lanes(i32x8 m) { return __builtin_ia32_movmskps256((
   template <> inline void store_masked<V>(E *p, V v, i32x8 m) {                                                  \
     __builtin_ia32_maskstored256((i32x8 *)p, m, (i32x8)v);                                                       \
   }                                                                                                              \
-  template <> inline V load_first<V>(const E *p, int32_t n) { return load_masked<V>(p, below<i32x8>(n)); }       \
-  template <> inline void store_first<V>(E *p, V v, int32_t n) { store_masked<V>(p, v, below<i32x8>(n)); }       \
   template <> inline V gather_masked<V>(i64x8 address, i32x8 m) {                                                \
-    i32x4 low = GATHER4(i32x4{}, (l64x4)LOW4(address), LOW4(m));                                                 \
-    i32x4 high = GATHER4(i32x4{}, (l64x4)HIGH4(address), HIGH4(m));                                              \
+    i32x4 low = GATHER4(i32x4{}, (const int *)0, (l64x4)LOW4(address), LOW4(m), 1);                              \
+    i32x4 high = GATHER4(i32x4{}, (const int *)0, (l64x4)HIGH4(address), HIGH4(m), 1);                           \
     return (V)JOIN4(low, high);                                                                                  \
-  }
+  }                                                                                                              \
+  FIRST(V, E, i32x8)
+#define LONG_WORDS(V, E)                                                                                         \
+  template <> inline V load_masked<V>(const E *p, i32x4 m) {                                                     \
+    return (V)__builtin_ia32_maskloadq256((const l64x4 *)p, (l64x4)convert<i64x4>(m));                           \
+  }                                                                                                              \
+  template <> inline void store_masked<V>(E *p, V v, i32x4 m) {                                                  \
+    __builtin_ia32_maskstoreq256((l64x4 *)p, (l64x4)convert<i64x4>(m), (l64x4)v);                                \
+  }                                                                                                              \
+  template <> inline V gather_masked<V>(i64x4 address, i32x4 m) {                                                \
+    return (V)GATHER8(l64x4{}, (const long long *)0, (l64x4)address, (l64x4)convert<i64x4>(m), 1);               \
+  }                                                                                                              \
+  FIRST(V, E, i32x4)
 WORDS(f32x8, float) WORDS(i32x8, int32_t) WORDS(u32x8, uint32_t)
+LONG_WORDS(f64x4, double) LONG_WORDS(i64x4, int64_t) LONG_WORDS(u64x4, uint64_t)
 #undef WORDS
+#undef LONG_WORDS
+#undef FIRST
 #undef GATHER4
+#undef GATHER8
 
 template <> inline f32x8 lesser(f32x8 a, f32x8 b) { return __builtin_ia32_minps256(a, b); }
 template <> inline f32x8 greater(f32x8 a, f32x8 b) { return __builtin_ia32_maxps256(a, b); }
-template <> inline f32x8 round_down(f32x8 x) { return __builtin_ia32_roundps256(x, 9); }
-template <> inline f32x8 round_up(f32x8 x) { return __builtin_ia32_roundps256(x, 10); }
-template <> inline f32x8 round_to_even(f32x8 x) { return __builtin_ia32_roundps256(x, 8); }
-template <> inline f32x8 round_to_zero(f32x8 x) { return __builtin_ia32_roundps256(x, 11); }
+#define ROUNDING(V, ROUND, ROOT)                                              \
+  template <> inline V round_to_even(V x) { return ROUND(x, 8); }             \
+  template <> inline V round_down(V x) { return ROUND(x, 9); }                \
+  template <> inline V round_up(V x) { return ROUND(x, 10); }                 \
+  template <> inline V round_to_zero(V x) { return ROUND(x, 11); }            \
+  template <> inline V square_root(V x) { return ROOT(x); }
+ROUNDING(f32x8, __builtin_ia32_roundps256, __builtin_ia32_sqrtps256)
+ROUNDING(f64x4, __builtin_ia32_roundpd256, __builtin_ia32_sqrtpd256)
+#undef ROUNDING
 template <> inline f32x8 fused_multiply_add(f32x8 a, f32x8 b, f32x8 c) { return __builtin_ia32_vfmaddps256(a, b, c); }
 template <> inline f64x4 fused_multiply_add(f64x4 a, f64x4 b, f64x4 c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
-template <> inline f32x8 square_root(f32x8 x) { return __builtin_ia32_sqrtps256(x); }
 
 #ifndef __clang__  // which finds the following by itself, where gcc 12 goes by halves or lane by lane
 template <> inline i32x8 convert(i16x8 v) { return __builtin_ia32_pmovsxwd256(v); }

@@ -85,7 +85,7 @@ class ReducePrinter:
         vector_dim, width = self.vector_dim(shape, op.operands)
         tail = self.tail_part(op)
         if tail is not None:
-            vector_dim, width = axis, min(self.kernel.lanes, shape[axis] & -shape[axis])
+            vector_dim, width = axis, self.width(shape, axis, op.operands)
         others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
         along = vector_dim is None or vector_dim == axis
         order = [*others, axis] if along else [*others, vector_dim, axis]

@@ -85,7 +85,17 @@ class RootPrinter(
         if not wide:
             return None, 1
         best = max(wide, key=lambda d: (votes[d] * (1 if shape[d] >= 4 else 0.1), shape[d] >= self.kernel.lanes, d))
-        return best, min(self.kernel.lanes, shape[best] & -shape[best])
+        return best, self.width(shape, best, values)
+
+    def width(self, shape: tuple[int, ...], dim: int, values: list[Value]) -> int:
+        """How many lanes to take of a dimension: half as many where elements of 8 bytes are computed along it.
+
+        gcc 12 compares and selects vectors larger than a register lane by lane, 30 times slower.
+        """
+        identity = tuple(range(len(shape)))
+        reads = (read for value in values for read, at in self.reads(value, identity) if dim in at)
+        wide = self.kernel.has_doubles or any(BYTES.get(read.type.element) == 8 for read in reads)
+        return min(self.kernel.lanes // 2 if wide else self.kernel.lanes, shape[dim] & -shape[dim])
 
     def nest(self, shape: tuple[int, ...], vector_dim: int | None, width: int, order: list[int] | None = None) -> Nest:
         if order is None:
@@ -115,7 +125,7 @@ class RootPrinter(
         if vector_dim is not None and stored.strides[vector_dim] != 1 and 1 in stored.strides:
             better = stored.strides.index(1)
             if shape[better] >= min(self.kernel.lanes, 4):
-                vector_dim, width = better, min(self.kernel.lanes, shape[better] & -shape[better])
+                vector_dim, width = better, self.width(shape, better, [value])
 
         def assign_nest(granted: list[Value]) -> None:
             nest = self.nest(shape, vector_dim, width)
