@@ -178,6 +178,28 @@ def test_sort_both_ways_and_the_largest(dtype):
     assert torch.equal(top, x.topk(4, 1)[0])
 
 
+@pytest.mark.slow
+def test_sort_of_a_tile_of_twelve_bits():
+    x = randn(4, 1024)
+    up, down, top = torch.zeros_like(x), torch.zeros_like(x), torch.zeros(4, 16)
+    run(sort_kernel, (1,), x, up, down, top, N=4, M=1024, K=16)
+    assert torch.equal(up, x.sort(1)[0])
+    assert torch.equal(down, x.sort(1, descending=True)[0])
+    assert torch.equal(top, x.topk(16, 1)[0])
+
+
+@triton.jit
+def merge_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.bitonic_merge(tl.load(x_ptr + i)))
+
+
+def test_bitonic_merge_of_up_and_down(isa):
+    x, out = torch.cat([randn(16).sort()[0], randn(16, seed=1).sort(descending=True)[0]]), torch.zeros(32)
+    run(merge_kernel, (1,), x, out, BLOCK=32)
+    assert torch.equal(out, x.sort()[0])
+
+
 @triton.jit
 def gather_kernel(x_ptr, columns_ptr, rows_ptr, along_ptr, across_ptr, N: tl.constexpr, M: tl.constexpr):
     i = grid_2d(N, M)

@@ -82,8 +82,10 @@ class ReducePrinter:
         if self.sum_of_products(op):
             return
         shape, axis = op.operands[0].type.shape, op.attrs["axis"]
+        tail, unread = self.tail_part(op), self.unread_parts(op.result) if len(op.results) == 1 else []
+        if tail is None and not unread:
+            shape = self.collapsed(shape, op.operands, apart=axis)
         vector_dim, width = self.vector_dim(shape, op.operands)
-        tail = self.tail_part(op)
         if tail is not None:
             vector_dim, width = axis, self.width(shape, axis, op.operands)
         others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
@@ -98,7 +100,7 @@ class ReducePrinter:
         if identity is not None and len(op.operands) == 1:
             parts = [part for part in self.neutral_parts(op.operands[0], identity) if part.dim == axis]
             parts += [tail] if tail is not None else []
-        for part in self.unread_parts(op.result) if len(op.results) == 1 else []:
+        for part in unread:
             dim = part.dim + (part.dim >= axis)
             if dim != vector_dim:
                 parts.append(replace(part, dim=dim))

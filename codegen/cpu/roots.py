@@ -10,6 +10,7 @@ from .c_types import BYTES
 from .cells import Stored, closed, row_major
 from .check import CheckPrinter
 from .clip import Clipper
+from .collapse import Collapser
 from .dots import DotPrinter
 from .elementwise import MapPrinter
 from .evaluate import Evaluator
@@ -30,6 +31,7 @@ class RootPrinter(
     ReportPrinter,
     MapPrinter,
     Clipper,
+    Collapser,
     CheckPrinter,
     Versioner,
 ):
@@ -120,7 +122,7 @@ class RootPrinter(
 
     def assign(self, stored: Stored, value: Value, parts: list[Conjunct] = ()) -> None:
         """stored = value, element by element, where `parts` hold; `value` may read `stored` at the same element."""
-        shape = value.type.shape
+        shape = value.type.shape if parts else self.collapsed(value.type.shape, [value], stored)
         vector_dim, width = self.vector_dim(shape, [value])
         if vector_dim is not None and stored.strides[vector_dim] != 1 and 1 in stored.strides:
             better = stored.strides.index(1)
