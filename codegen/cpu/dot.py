@@ -80,7 +80,7 @@ def emit_dot(
     the tile's size or below 0 are clamped.
 
     Products of bf16 and fp16 are exact, sums are fp32; those of i8 are exact modulo 2^32. The order of summation is not
-    specified. With AVX512_BF16, products and sums of bf16 below 2^-126 become zeros; subnormal operands are as elsewhere.
+    specified. With AVX512_BF16, products and sums of bf16 below 2^-126 become zeros; subnormal operands count.
     """
     bm, bn, bk = shape
     common = {a.narrowest, b.narrowest}
