@@ -222,3 +222,18 @@ def test_values_used_many_times_over_are_looked_at_once():
     for _ in range(24):
         want = torch.where(want > 0, want * want + want, want - i)
     assert torch.equal(out, torch.where(i < 60, want + want.sum().int(), 0))
+
+
+@triton.jit
+def nothing_loaded_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    wide = tl.load(x_ptr.to(tl.pointer_type(tl.int64)) + i, mask=i < -3).to(tl.float64, bitcast=True)
+    x = tl.load(x_ptr + i, mask=i < -3).to(tl.uint8, bitcast=True)
+    tl.store(out_ptr + i, wide.to(tl.int32) + x.to(tl.int32) + x.to(tl.float32).to(tl.int32) + (x >> 1).to(tl.int32))
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_mask_that_never_holds_makes_zeros_of_any_type(size):
+    out = torch.ones(16, dtype=torch.int32)
+    run(nothing_loaded_kernel, torch.zeros(0, dtype=torch.int8), out, N=size)
+    assert not out[:size].any()

@@ -208,6 +208,7 @@ def spell_cast(op: Op, arg: str, width: int) -> str:
     if name in ("arith.bitcast", "tt.bitcast"):
         if source == target:
             return arg
+        arg = f"({wide})({arg})" if width == 1 else arg  # a literal is an int
         code = f"to_{source}({arg})" if source in SMALL_FLOATS else f"bits<{unsigned(wide)}>({arg})"
         if target in SMALL_FLOATS:
             return f"from_{target}<{to}>({code})"
@@ -227,7 +228,8 @@ def spell_cast(op: Op, arg: str, width: int) -> str:
             text = f"convert<{to}>({arg})" if width > 1 else f"convert<{to}>(-(int)({arg}))"
         return rounded(text, target)
     if name in ("arith.extui", "arith.uitofp"):
-        return rounded(f"convert<{to}>(bits<{unsigned(wide)}>({arg}))", target)
+        code = f"({unsigned(wide)})({arg})" if width == 1 else f"bits<{unsigned(wide)}>({arg})"
+        return rounded(f"convert<{to}>({code})", target)
     if name in ("arith.fptosi", "arith.fptoui"):
         if target == "i1":
             return f"{arg} != 0" if width == 1 else f"mask({arg} != 0)"
