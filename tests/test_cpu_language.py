@@ -56,7 +56,6 @@ RUNS = {
     "test_cpu_atomics.py::test_atomic_loads_and_stores": "atomic_load atomic_store",
     "test_cpu_structure.py::test_grids_of_three_dimensions_and_swizzled_programs": "swizzle2d",
 }
-OPEN: dict[str, str] = {}  # rows to fill: every name here wants a test, or a reason
 REFUSED = {  # name: why
     "inline_asm_elementwise": "PTX",
     "dot_scaled": "block formats of tensor cores; scale by hand and use dot",
@@ -86,7 +85,7 @@ def functions_of(file: str) -> frozenset[str]:
 
 def test_every_name_of_the_language_has_one_row():
     public = {name for name, value in vars(tl).items() if not name.startswith("_") and not inspect.ismodule(value)}
-    named = rows(RUNS) + rows(OPEN) + list(REFUSED) + rows(NO_OPERATION)
+    named = rows(RUNS) + list(REFUSED) + rows(NO_OPERATION)
     assert public - set(named) == set(), "names of triton.language without a row here"
     assert sorted(named) == sorted(set(named)), "a name has two rows"
 
