@@ -1,6 +1,6 @@
 """Print what tensors are computed for: stores, arrays, reductions, dots; each as one loop nest."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -120,7 +120,7 @@ class RootPrinter(
         self.kernel.storage[value] = stored
         return stored
 
-    def assign(self, stored: Stored, value: Value, parts: list[Conjunct] = ()) -> None:
+    def assign(self, stored: Stored, value: Value, parts: Sequence[Conjunct] = ()) -> None:
         """stored = value, element by element, where `parts` hold; `value` may read `stored` at the same element."""
         shape = value.type.shape if parts else self.collapsed(value.type.shape, [value], stored)
         vector_dim, width = self.vector_dim(shape, [value])
@@ -184,9 +184,9 @@ class RootPrinter(
         for name, text in texts:
             self.kernel.emit(f"{name} = {text};")
 
-    def copy_out(self, value: Value) -> None:
+    def copy_out(self, value: Value, parts: Sequence[Conjunct] = ()) -> None:
         copy = self.kernel.array(value.type, value.name + "_next")
-        self.assign(copy, value)
+        self.assign(copy, value, parts)
         self.kernel.storage[value] = copy
 
     def reads_array(self, value: Value, array: str, moved: bool = False) -> bool:
@@ -216,7 +216,8 @@ class RootPrinter(
         vector_dim, width = self.vector_dim(shape, [value], pointer)
         contiguous = target is not None and vector_dim is not None and target.coefficient(vector_dim) == 1 and width > 1
         if hazards and (None in hazards or not contiguous):
-            self.copy_out(value)
+            parts = conjuncts(op.operands[2], identity, self.analysis) if len(op.operands) > 2 else []
+            self.copy_out(value, [part for part in parts if part.dim is not None])  # past them, indices may be unset
             hazards = []
         if not hazards:
             self.store_nest(op, value, vector_dim, width, None)
