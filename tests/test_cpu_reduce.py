@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .on_cpu import randint, randn, run
+from .on_cpu import compiled, randint, randn, run
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -176,6 +176,25 @@ def test_sort_both_ways_and_the_largest(dtype):
     assert torch.equal(up, x.sort(1)[0])
     assert torch.equal(down, x.sort(1, descending=True)[0])
     assert torch.equal(top, x.topk(4, 1)[0])
+
+
+@triton.jit
+def bits_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    y = tl.exp(tl.load(x_ptr + i))
+    bits = y.to(tl.int32, bitcast=True)
+    tl.store(out_ptr + i, tl.where(y > 0, bits ^ tl.xor_sum(bits), 0))
+
+
+def test_bits_of_an_array_get_no_array_of_their_own():
+    """Each step of a sort asks for the bits of its values."""
+    x, out = randn(64), torch.zeros(64, dtype=torch.int32)
+    text = compiled(bits_kernel, x, out, BLOCK=64).cpp
+    assert text.count("alignas(64) float") == 1
+    assert text.count("alignas(64) int32_t") == 0
+    run(bits_kernel, (1,), x, out, BLOCK=64)
+    parity = functools.reduce(operator.xor, out.tolist())  # of 64 sums with it, in which it cancels out
+    assert torch.allclose((out ^ parity).view(torch.float32), x.exp(), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ class Plan:
         for op in reversed(self.ops):
             if is_lazy(op) and op.result not in self.stored and (why := self.why_array(op)):
                 self.store([op.result], why)
+        self.print_again_what_became_cheap()
 
     def store(self, values: Iterable[Value], why: str) -> None:
         for value in values:
@@ -92,6 +93,25 @@ class Plan:
             elif op.results and op.result in found and is_lazy(op):
                 found |= {v for v in op.operands if not v.type.is_float}
         return found
+
+    def print_again_what_became_cheap(self) -> None:
+        """Give up the arrays of values whose operands turned out to have arrays, as the bits of a costly x.
+
+        What depends on loads keeps its array: without it they would wait for its consumers.
+        """
+        for op in self.ops:
+            if not is_lazy(op) or not self.why.get(op.result, "").startswith("costs"):
+                continue
+            if op.name == "tt.load" or any(list(self.loads_in(operand)) for operand in op.operands):
+                continue
+            value = op.result
+            self.stored.remove(value)
+            self.costs.clear()
+            if self.inline_cost(value) < LOAD_COST:
+                del self.why[value]
+                self.consumers_of.clear()
+            else:
+                self.stored.add(value)
 
     # -- walking lazy values
 
