@@ -255,3 +255,18 @@ def test_offsets_past_32_bits(isa):
     signature = {"x_ptr": "*fp32", "w_ptr": "*fp32", "out_ptr": "*fp32", "start": "i32", "stride": "i32"}
     launch(lower(far_kernel, signature, {"N": 16}), (1,), base, w, out, start, stride)
     torch.testing.assert_close(out, w @ x + x, rtol=1e-4, atol=1e-4)
+
+
+@triton.jit
+def one_element_kernel(x_ptr, out_ptr, n):
+    x = tl.load(x_ptr + tl.arange(0, 1)) * 2.0
+    if n > 0:
+        tl.store(out_ptr, tl.sum(x, 0))
+    tl.store(out_ptr + 1, tl.sum(x, 0))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_an_array_made_in_a_branch_is_made_again_after_it(isa, n):
+    x, out = random(1), torch.zeros(2)
+    run(one_element_kernel, (1,), x, out, n)
+    torch.testing.assert_close(out, torch.stack([x[0] * 2 * n, x[0] * 2]))

@@ -1,6 +1,8 @@
 """Print a kernel: scalars and control flow as they stand, tensors through the nests of `roots`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ...compiler.errors import TooLargeKernel
 from .c_types import BYTES, SCALAR, scalar_type
@@ -97,6 +99,16 @@ class KernelPrinter:
         head = f"static void {self.name}({', '.join(params)}) {{"
         unused = "  " + " ".join(f"(void){name};" for name in PROGRAM + GRID)
         return "\n".join([*self.helpers, head, unused, *self.lines, "}"]) + "\n"
+
+    @contextmanager
+    def braces(self) -> Iterator[None]:
+        """Inside braces of the C++: arrays that are declared there are unknown after them."""
+        outside = set(self.storage)
+        self.indent += 1
+        yield
+        self.indent -= 1
+        for value in [value for value in self.storage if value not in outside]:
+            del self.storage[value]
 
     def block(self, block: Block) -> None:
         for op in block.ops:
@@ -223,11 +235,10 @@ class KernelPrinter:
         self.emit(
             f"for ({type_} {name} = {self.text(lower)}; {name} < {self.text(upper)}; {name} += {self.text(step)}) {{"
         )
-        self.indent += 1
-        self.block(body)
-        self.assign_yields(body, carried)
-        self.make_room(body, carried)
-        self.indent -= 1
+        with self.braces():
+            self.block(body)
+            self.assign_yields(body, carried)
+            self.make_room(body, carried)
         self.emit("}")
         for result, arg in zip(op.results, carried, strict=True):
             if not arg.type.is_tensor:
@@ -249,11 +260,10 @@ class KernelPrinter:
         for number_, block in enumerate(op.blocks):
             if number_:
                 self.emit("} else {")
-            self.indent += 1
-            self.block(block)
-            if op.results and block.ops[-1].name == "scf.yield":
-                self.roots.assign_all(op.results, block.ops[-1].operands)
-            self.indent -= 1
+            with self.braces():
+                self.block(block)
+                if op.results and block.ops[-1].name == "scf.yield":
+                    self.roots.assign_all(op.results, block.ops[-1].operands)
         self.emit("}")
 
     def print_region(self, op: Op) -> None:
@@ -262,9 +272,8 @@ class KernelPrinter:
         end = self.fresh("returned")
         self.regions.append((op.results, end))
         self.emit("{")
-        self.indent += 1
-        self.block(op.blocks[0])
-        self.indent -= 1
+        with self.braces():
+            self.block(op.blocks[0])
         self.emit("}")
         self.emit(f"{end}:;")
         self.regions.pop()
@@ -288,18 +297,17 @@ class KernelPrinter:
             else:
                 self.emit(f"{declaration(scalar_type(arg.type), arg.name)} = {self.text(init)};")
         self.emit("while (true) {")
-        self.indent += 1
-        self.block(before)
-        self.roots.assign_all(op.results, condition.operands[1:])
-        self.emit(f"if (!{self.text(condition.operands[0])}) break;")
-        for arg, result in zip(after.args, op.results, strict=True):
-            if arg.type.is_tensor:
-                self.storage[arg] = self.storage[result]
-            else:
-                self.let(arg, result.name)
-        self.block(after)
-        self.assign_yields(after, before.args)
-        self.indent -= 1
+        with self.braces():
+            self.block(before)
+            self.roots.assign_all(op.results, condition.operands[1:])
+            self.emit(f"if (!{self.text(condition.operands[0])}) break;")
+            for arg, result in zip(after.args, op.results, strict=True):
+                if arg.type.is_tensor:
+                    self.storage[arg] = self.storage[result]
+                else:
+                    self.let(arg, result.name)
+            self.block(after)
+            self.assign_yields(after, before.args)
         self.emit("}")
 
 
