@@ -2,8 +2,12 @@
 #
 #   make demo       compile a language model, ask it a question, show what the compiler did and how fast it is
 #   make test       lint, and the tests that take minutes
-#   make test-slow  the long sweeps;  make test-all: both
+#   make test-slow  the long sweeps;  make test-all: both, and the CPU target under other releases of Triton
+#   make test-triton TRITON=3.9.0   the CPU target under another release of Triton, into build/
+#   make test-clang the CPU target with clang++, which has to be installed
+#   make sanitize   random kernels under AddressSanitizer and UBSan
 #   make bench      effc beside other engines, one table (BENCH="--json --inductor" passes arguments on)
+#   make bench-cpu  Triton kernels on the CPU beside PyTorch, native and held to AVX2 (BENCH="--only softmax")
 #   make lint       ruff, which also formats with `make format`
 #   make clean      remove what make made here
 #
@@ -16,15 +20,18 @@ VENV ?= .venv
 TORCH_INDEX ?=
 BENCH ?=
 
+TRITON ?= 3.9.0
+OTHER_TRITONS = 3.6.0 3.9.0
+
 PIP_OPTIONS = --disable-pip-version-check --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
 .DEFAULT_GOAL = help
-.PHONY: help demo test test-slow test-all lint format bench clean
+.PHONY: help demo test test-slow test-all test-triton test-clang sanitize lint format bench bench-cpu clean
 
 help:
-	@sed -n '3,8s/^# *//p' Makefile
+	@sed -n '3,13s/^# *//p' Makefile
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m effc.demo
@@ -40,6 +47,25 @@ test-slow: $(INSTALLED)
 test-all: lint
 	@echo "== all tests"
 	@$(BIN)/python -m pytest -q --durations=10
+	@for version in $(OTHER_TRITONS); do $(MAKE) --no-print-directory test-triton TRITON=$$version || exit 1; done
+
+# Another Triton stands before the installed one on the path; torch stays as it is.
+build/triton-%/.installed: | $(INSTALLED)
+	@$(BIN)/python -m pip install $(filter-out -c constraints.txt,$(PIP_OPTIONS)) --no-deps --target $(@D) triton==$*
+	@touch $@
+
+test-triton: build/triton-$(TRITON)/.installed
+	@echo "== the CPU target under Triton $(TRITON)"
+	@PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) EFFC_TEST_CACHE_DIR=$(CURDIR)/build/cache-$(TRITON) \
+		$(BIN)/python -m pytest -q -m "not slow" tests/test_cpu_*.py tests/test_triton_cpu*.py
+
+test-clang: $(INSTALLED)
+	@command -v clang++ >/dev/null || { echo "make test-clang needs clang++: install it" >&2; exit 1; }
+	@echo "== the CPU target with $$(clang++ --version | head -n 1)"
+	@EFFC_CXX=clang++ $(BIN)/python -m pytest -q -m "not slow" tests/test_cpu_*.py
+
+sanitize: $(INSTALLED)
+	@$(BIN)/python -m pytest -q tests/test_cpu_sanitize.py
 
 lint: $(INSTALLED)
 	@echo "== ruff"
@@ -52,6 +78,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python bench/decode.py $(BENCH)
+
+bench-cpu: $(INSTALLED)
+	@$(BIN)/python bench/cpu_kernels.py --build
+	@$(BIN)/python bench/cpu_kernels.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist effc.egg-info .pytest_cache .hypothesis .ruff_cache
