@@ -190,13 +190,14 @@ def test_autotune_with_heuristics_restored_and_reset_arguments_and_hooks():
     assert "atomic" in compiled.asm["ttir"]
 
 
-def test_autotune_goes_on_where_a_block_is_too_large():
+def test_autotune_goes_on_where_a_block_is_too_large(monkeypatch):
+    monkeypatch.setattr("effc.codegen.cpu.emit.SCRATCH_LIMIT", 4 << 20)
     configs = [triton.Config({"SIZE": size}) for size in (1 << 10, 16)]
     kernel = triton.autotune(configs=configs, key=[])(large_kernel)
     out = torch.zeros(1)
     kernel[(1,)](random(1 << 11), out)
     assert kernel.best_config.kwargs == {"SIZE": 16}
-    with pytest.raises(OutOfResources, match="stack"):
+    with pytest.raises(OutOfResources, match="scratch memory"):
         large_kernel[(1,)](random(1 << 11), out, SIZE=1 << 10)
 
 
@@ -205,6 +206,27 @@ def large_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     x = tl.load(x_ptr + i[:, None]) * tl.load(x_ptr + i[None, :])
     tl.store(out_ptr, tl.sum(tl.dot(x, x, input_precision="ieee")))
+
+
+@triton.jit
+def running_sum_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out_ptr + i, tl.cumsum(tl.load(x_ptr + i), 0))
+
+
+def test_large_blocks_run_on_threads_with_little_stack():
+    x = torch.arange(1 << 16, dtype=torch.float64)
+    here, there = torch.empty_like(x), torch.empty_like(x)
+    running_sum_kernel[(1,)](x, here, SIZE=1 << 16)
+    usual = threading.stack_size(256 << 10)
+    try:
+        thread = threading.Thread(target=lambda: running_sum_kernel[(1,)](x, there, SIZE=1 << 16))
+        thread.start()
+    finally:
+        threading.stack_size(usual)
+    thread.join()
+    assert torch.equal(here, x.cumsum(0))
+    assert torch.equal(there, here)
 
 
 def test_do_bench_measures_milliseconds():

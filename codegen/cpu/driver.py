@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 from ...compiler.errors import TooLargeKernel, UnsupportedKernel
 from .arguments import make_launcher
 from .build import FOLDER, build_library, with_prelude
-from .emit import STACK_LIMIT
+from .emit import SCRATCH_LIMIT
 from .launch import cache_folder, launcher, print_kernel
 from .target import CpuTarget, host_target
 from .ttir import OPTIONS, codegen_functions, module_map, optimize
@@ -91,7 +91,7 @@ class CpuBackend(BaseBackend):
         try:
             kernel = print_kernel(ttir if isinstance(ttir, str) else optimize(ttir, ttir.context), self.cpu)
         except TooLargeKernel as error:  # the autotuner goes on with the next configuration
-            raise OutOfResources(error.needed, error.limit, "stack") from error
+            raise OutOfResources(error.needed, error.limit, "scratch memory") from error
         metadata["name"] = kernel.name
         metadata["params"] = [type_ for _, type_ in kernel.params]
         metadata["shared"] = max(1, kernel.scratch_bytes)
@@ -109,7 +109,7 @@ def source_digest() -> str:
 
 
 class CpuUtils:
-    """Properties by which kernels for GPUs size their grids; `shared` is the stack that a program's arrays take."""
+    """Properties by which kernels for GPUs size their grids; `shared` is the memory that a program's arrays take."""
 
     def __init__(self, target: CpuTarget) -> None:
         self.registers = 16 if target.isa == "avx2" else 32
@@ -117,7 +117,7 @@ class CpuUtils:
     def get_device_properties(self, device: object) -> dict[str, int]:
         return {
             "multiprocessor_count": os.cpu_count() or 1,
-            "max_shared_mem": STACK_LIMIT,
+            "max_shared_mem": SCRATCH_LIMIT,
             "max_num_regs": 64 * self.registers,
             "warpSize": 1,
             "sm_clock_rate": 0,

@@ -22,7 +22,8 @@ REGISTERS = {16: 32, 8: 16, 4: 16}  # of vectors, by their lanes
 IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.map_elementwise.return", "ub.poison"))
 CONTROL = {"scf.for": "print_for", "scf.if": "print_if", "scf.while": "print_while"}
 CONTROL |= {"scf.execute_region": "print_region"}
-STACK_LIMIT = 4 << 20  # half of what threads usually have
+STACK_LIMIT = 256 << 10  # bytes of arrays on the stack: on some systems threads have 512 KiB
+SCRATCH_LIMIT = 64 << 20  # bytes of arrays of one program, wherever they lie
 
 
 class KernelPrinter:
@@ -45,7 +46,8 @@ class KernelPrinter:
         self.names |= {arg.name for op in function.body.walk() for block in op.blocks for arg in block.args}
         self.names |= set(PROGRAM + GRID)
         self.nonnegative: set[Value] = set()
-        self.stack_bytes = 0
+        self.scratch_bytes = 0
+        self.arrays: list[tuple[int, str, str, int, int]] = []  # line, element, name, size, first byte in the scratch
         self.roots = RootPrinter(self)
         self.regions: list[tuple[list[Value], str]] = []  # results of the inlined functions around, and their labels
         self.last_location: tuple[str, int] | None = None
@@ -78,16 +80,28 @@ class KernelPrinter:
 
     def array(self, value_type: Type, hint: str) -> Stored:
         name = self.fresh(hint)
-        self.stack_bytes += value_type.numel * array_bytes(value_type)
-        if self.stack_bytes > STACK_LIMIT:
+        element, start = array_type(value_type), self.scratch_bytes
+        self.scratch_bytes += -(-value_type.numel * array_bytes(value_type) // 64) * 64
+        if self.scratch_bytes > SCRATCH_LIMIT:
             raise TooLargeKernel(
-                f"kernel {self.name}: its blocks need more than {STACK_LIMIT >> 20} MiB of stack on CPU;"
-                " use smaller ones",
-                self.stack_bytes,
-                STACK_LIMIT,
+                f"kernel {self.name}: the arrays of its blocks need more than {SCRATCH_LIMIT >> 20} MiB on CPU;"
+                " use smaller blocks",
+                self.scratch_bytes,
+                SCRATCH_LIMIT,
             )
-        self.emit(f"alignas(64) {array_type(value_type)} {name}[{value_type.numel}];")
+        self.arrays.append((len(self.lines), element, name, value_type.numel, start))
+        self.emit(f"alignas(64) {element} {name}[{value_type.numel}];")
         return Stored(name, value_type, row_major(value_type.shape))
+
+    def move_arrays(self) -> list[str]:
+        """Put the arrays of a kernel that has many into memory of the heap; returns the line that asks for it."""
+        if self.scratch_bytes <= STACK_LIMIT:
+            return []
+        scratch = self.fresh("scratch")
+        for at, element, name, size, start in self.arrays:
+            indent = self.lines[at][: -len(self.lines[at].lstrip())]
+            self.lines[at] = f"{indent}{element} (&{name})[{size}] = *({element} (*)[{size}])({scratch}.at + {start});"
+        return [f"  const Scratch {scratch}({self.scratch_bytes});"]
 
     # -- the kernel
 
@@ -98,7 +112,7 @@ class KernelPrinter:
         params += [f"int32_t {name}" for name in PROGRAM + GRID]
         head = f"static void {self.name}({', '.join(params)}) {{"
         unused = "  " + " ".join(f"(void){name};" for name in PROGRAM + GRID)
-        return "\n".join([*self.helpers, head, unused, *self.lines, "}"]) + "\n"
+        return "\n".join([*self.helpers, head, unused, *self.move_arrays(), *self.lines, "}"]) + "\n"
 
     @contextmanager
     def braces(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ class CppKernel:
     """A kernel as C++. `params`: name and C type, in the Triton signature's order, without the constexprs.
 
     `cpp` defines `static void NAME(params..., pid_x, pid_y, pid_z, num_x, num_y, num_z)`, the last six int32_t: one
-    program of the grid. It goes through `with_prelude`. scratch_bytes: stack that one program takes for its arrays.
+    program of the grid. It goes through `with_prelude`. scratch_bytes: memory that one program takes for its arrays.
     """
 
     name: str
@@ -65,7 +65,7 @@ def print_kernel(ttir: str, target: CpuTarget, name: str | None = None) -> CppKe
     printer = KernelPrinter(function, name or function.name, target.lanes, target.checked)
     cpp = printer.print()
     params = tuple((arg.name, scalar_type(arg.type)) for arg in function.args)
-    return CppKernel(printer.name, params, ttir, cpp, printer.stack_bytes, target.checked)
+    return CppKernel(printer.name, params, ttir, cpp, printer.scratch_bytes, target.checked)
 
 
 LAUNCHER = """

@@ -172,5 +172,16 @@ template <typename T> static inline T compare_exchange(T *p, T expected, T value
   return expected;
 }
 
+// What the arrays of a program lie in where they are too large for a thread's stack.
+struct Scratch {
+  char *whole, *at;
+  explicit Scratch(int64_t bytes) : whole((char *)__builtin_malloc(bytes + 63)) {
+    if (!whole) __builtin_trap();
+    at = whole + (-(uint64_t)whole & 63);
+  }
+  Scratch(const Scratch &) = delete;
+  ~Scratch() { __builtin_free(whole); }
+};
+
 }  // namespace tt
 using namespace tt;
