@@ -216,7 +216,7 @@ def test_a_dump_holds_graphs_kernels_and_the_memory_plan(tmp_path, monkeypatch) 
     (folder,) = tmp_path.iterdir()
     assert (folder / "graphs" / "00_traced.txt").exists()
     assert "memory plan" in (folder / f"{folder.name}.txt").read_text()
-    assert {path.suffix for path in (folder / "kernels").iterdir()} == {".py", ".ttir", ".cpp"}
+    assert {path.suffix for path in (folder / "kernels").iterdir()} == {".py", ".ttir", ".cpp", ".txt"}
     assert "launches of" in (folder / "index.txt").read_text()
 
 

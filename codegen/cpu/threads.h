@@ -37,8 +37,20 @@ class Team {
 
   int threads() const { return size; }
 
-  // program(0), ..., program(programs - 1); returns when all are done, by whichever thread.
+  // program(0), ..., program(programs - 1); returns when all are done, by whichever thread. What a step has hundreds of,
+  // one for each launch, is the loop over a share alone.
   template <typename F> inline void run(uint64_t launch, int64_t programs, F program) {
+    share_out(launch, programs, &program, [](void *f, int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) (*(F *)f)(i);
+    });
+  }
+
+ private:
+  Member members[MOST];
+  int size;
+
+  __attribute__((noinline)) void share_out(uint64_t launch, int64_t programs, void *program,
+                                           void (*run_from_to)(void *, int64_t, int64_t)) {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     int bits = 0;  // a share is 2^bits programs
     while (programs >> bits > SHARES * threads) ++bits;
@@ -50,7 +62,7 @@ class Team {
         const uint32_t first = start(part, shares, threads), count = start(part + 1, shares, threads) - first;
         for (uint32_t k; (k = take(members[part], launch, count)) < count; ++done) {
           const int64_t from = (int64_t)(first + k) << bits, to = from + ((int64_t)1 << bits);
-          for (int64_t i = from; i < to && i < programs; ++i) program(i);
+          run_from_to(program, from, to < programs ? to : programs);
         }
         __atomic_store_n(&members[thread].done, launch << 32 | done, __ATOMIC_RELEASE);
         ++turn;
@@ -61,10 +73,6 @@ class Team {
       if (spins < SPINS) pause(); else sched_yield();
     }
   }
-
- private:
-  Member members[MOST];
-  int size;
 
   static inline uint32_t start(int part, uint32_t shares, int threads) {
     return (shares * part + threads - 1) / threads;
