@@ -41,6 +41,9 @@ HELD_TO_AVX2 = {
 ISAS: dict[str, dict[str, str]] = {"native": {}, "avx2": HELD_TO_AVX2}
 BATCH = 2e-3
 """Seconds that one turn of a function takes at least: calls are repeated to fill it."""
+PATIENCE = 1.0
+"""Seconds that a function's turns take about: what takes longer has fewer, three at least. A way to do it in PyTorch
+whose first call takes longer, and ten times as long as the best, is left out."""
 
 
 @dataclass
@@ -177,8 +180,11 @@ def row(case: Case, turns: int) -> dict[str, Any]:
 
 def take_turns(functions: dict[str, Function], turns: int) -> list[Times]:
     """Time functions one after the other, `turns` times, each long enough to be timed."""
+    first = {name: timed(function) for name, function in functions.items()}
+    functions = {name: f for name, f in functions.items() if first[name] < max(PATIENCE, 10 * min(first.values()))}
     found = [Times(name, calls_per_turn(function)) for name, function in functions.items()]
-    for _ in range(turns):
+    slowest = max(timed(function) for function in functions.values())
+    for _ in range(max(3, min(turns, round(PATIENCE / slowest)))):
         for times, function in zip(found, functions.values(), strict=True):
             function()
             start = time.perf_counter()
@@ -189,8 +195,8 @@ def take_turns(functions: dict[str, Function], turns: int) -> list[Times]:
 
 
 def calls_per_turn(function: Function) -> int:
-    function()
-    best = min(timed(function) for _ in range(3))
+    first = timed(function)
+    best = first if first > 100 * BATCH else min(timed(function) for _ in range(3))
     return max(1, round(BATCH / best))
 
 
