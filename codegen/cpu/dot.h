@@ -145,7 +145,8 @@ struct Rows {
   Rows after(int64_t rows) const { return {first + rows * stride, stride, excess + rows}; }
 };
 
-// c[Count][Vecs * Lanes] += a[Count][words] * b[words][Vecs * Lanes]
+// c[Count][Vecs * Lanes] += a[Count][words] * b[words][Vecs * Lanes]. Sums start at zero and are added to c at the end:
+// so the error of a long sum over many calls is that of two short ones.
 template <typename P, int Lanes, int Count, int Vecs, typename B>
 static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, typename P::Sum *c, int64_t c_row, int64_t words) {
   typedef typename P::Sum Sum;
@@ -154,7 +155,7 @@ static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, typename P::
   for (int i = 0; i < Count; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < Vecs; ++j) {
-      sum[i][j] = load<Sum, Lanes>(c + i * c_row + j * Lanes);
+      sum[i][j] = Vec<Sum, Lanes>{};
       if constexpr (P::right_offset != 0) sum[i][j] -= a.excess[i];
     }
   for (int64_t k = 0; k < words; ++k, b.next()) {
@@ -171,7 +172,10 @@ static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, typename P::
 #pragma GCC unroll 16
   for (int i = 0; i < Count; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) store<Sum, Lanes>(c + i * c_row + j * Lanes, sum[i][j]);
+    for (int j = 0; j < Vecs; ++j) {
+      Sum *at = c + i * c_row + j * Lanes;
+      store<Sum, Lanes>(at, load<Sum, Lanes>(at) + sum[i][j]);
+    }
 }
 
 // The largest register tile: 8 x 2 vectors of the 32 registers of AVX-512, 6 x 2 of 16 elsewhere.
