@@ -194,6 +194,9 @@ def lower(scope: Scope, node: fx.Node) -> None:
         else ("q", "k", "v", "scale", "causal", "key_mask", "mask")
     )
     operands = {**dict.fromkeys(names), **dict(zip(names, node.args)), **node.kwargs}
+    for name in ("window", "softcap", "visible", "bias", "sinks"):
+        if operands.get(name) is not None:
+            raise NoKernel(f"attention with {name} has no kernel")
     q, k, v = (operands[name] for name in "qkv")
     if not {dtype_of(x) for x in (q, k, v)} <= set(DTYPES) or dtype_of(q) != dtype_of(k):
         raise NoKernel(f"attention of {dtype_of(q)} over {dtype_of(k)} has no kernel")

@@ -12,16 +12,16 @@ G), D head size, R rotated size, K and N the inner and outer sizes of a linear.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .graph import dtype_of, is_tensor, sizes
+from .attention_ops import STATE_OPS
+from .graph import sizes
+from .vocabulary import OPS, Cost, Op, define, like, numel, op_of, streamed
 
-LIBRARY = torch.library.Library("effc", "DEF")
+__all__ = ["ACTIVATIONS", "LEGAL", "OPS", "STATE_OPS", "Cost", "Op", "op_of"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -30,65 +30,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work of one op: floating-point operations and bytes moved to and from memory, in symbolic sizes."""
-
-    flops: sympy.Expr
-    bytes: sympy.Expr
-
-
-@dataclass(frozen=True)
-class Op:
-    """One row of the vocabulary."""
-
-    name: str
-    schema: str
-    reference: Callable[..., Tensor]
-    shape: Callable[..., Tensor]
-    cost: Callable[[fx.Node], Cost]
-    mutates: bool = False
-
-    @property
-    def target(self) -> torch._ops.OpOverload:
-        return getattr(torch.ops.effc, self.name).default
-
-
-OPS: dict[str, Op] = {}
-
-
-def define(schema: str, *, shape: Callable[..., Tensor], cost: Callable[[fx.Node], Cost]) -> Callable:
-    """Register a reference implementation as `torch.ops.effc.<name>` and add its row to `OPS`."""
-
-    def register(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name = schema.split("(", 1)[0]
-        LIBRARY.define(schema)
-        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"effc::{name}", shape, lib=LIBRARY)
-        OPS[name] = Op(name, schema, reference, shape, cost, mutates="(a!)" in schema)
-        return reference
-
-    return register
-
-
-def numel(node: fx.Node) -> sympy.Expr:
-    return sympy.prod(sizes(node))
-
-
-def nbytes(node: fx.Node) -> sympy.Expr:
-    return numel(node) * dtype_of(node).itemsize
-
-
-def streamed(node: fx.Node, flops: sympy.Expr) -> Cost:
-    """The cost of an op that reads each tensor argument once and writes its result once."""
-    arguments = [argument for argument in node.all_input_nodes if is_tensor(argument)]
-    return Cost(flops, nbytes(node) + sum(nbytes(argument) for argument in arguments))
-
-
-def like(x: Tensor, *rest: object, **named: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 # --- normalization ---------------------------------------------------------------------------------------------
@@ -189,122 +130,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activati
     return ACTIVATIONS[activation](gate) * up
 
 
-# --- attention -------------------------------------------------------------------------------------------------
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention in fp32 (fp64 for fp64); a row that may attend to nothing gives zeros.
-
-    q [B, H, S, D], k [B, G, T, D], v [B, G, T, D'], allowed bool and bias float, broadcast to [B, H, S, T].
-    """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    ratio = q.shape[1] // k.shape[1]
-    k, v = (x.to(wide).repeat_interleave(ratio, dim=1) for x in (k, v))
-    scores = q.to(wide) @ k.transpose(-1, -2) * scale
-    if bias is not None:
-        scores = scores + bias.to(wide)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-        reachable = allowed.any(-1, keepdim=True)
-        weights = torch.where(reachable, scores, 0.0).softmax(-1) * reachable
-        v = torch.where(allowed.expand(scores.shape).any(-2).unsqueeze(-1), v, 0.0)
-    else:
-        weights = scores.softmax(-1)
-    return (weights @ v).to(q.dtype)
-
-
-def attention_shape(q: Tensor, k: Tensor, v: Tensor, *rest: object, **named: object) -> Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
-
-
-def attention_cost(node: fx.Node) -> Cost:
-    q, k, v = node.args[:3]
-    return streamed(node, 2 * numel(q) * sizes(k)[2] + 2 * numel(node) * sizes(v)[2])
-
-
-@define(
-    "attention(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? key_mask=None, Tensor? mask=None)"
-    " -> Tensor",
-    shape=attention_shape,
-    cost=attention_cost,
-)
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    causal: bool,
-    key_mask: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Scaled dot product attention with grouped heads, over all keys given.
-
-    q [B, H, S, D], k [B, G, T, D], v [B, G, T, D'] -> [B, H, S, D']. `causal`: query i sees keys 0..i.
-    key_mask [B, T]: keys whose entry is zero are hidden from every query (left padding). mask, broadcast to
-    [B, H, S, T]: bool (true may attend) or float (added to the scaled scores): what could not be inferred.
-    """
-    allowed = None
-    if causal:
-        allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
-    if key_mask is not None:
-        visible = (key_mask != 0)[:, None, None, :]
-        allowed = visible if allowed is None else allowed & visible
-    bias = None
-    if mask is not None and mask.dtype == torch.bool:
-        allowed = mask if allowed is None else allowed & mask
-    elif mask is not None:
-        bias = mask
-    return attend(q, k, v, allowed, bias, scale)
-
-
-# --- KV cache --------------------------------------------------------------------------------------------------
-
-
-@define(
-    "kv_write(Tensor(a!) cache, Tensor new, Tensor past) -> Tensor(a!)",
-    shape=lambda cache, new, past: cache,
-    cost=lambda node: Cost(sympy.Integer(0), 2 * nbytes(node.args[1])),
-)
-def kv_write(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
-    """Write the keys or values of S new tokens behind those already cached; returns the cache.
-
-    cache [B, G, T, D], new [B, G, S, D], past [B] int64: row b's tokens go to slots past[b] .. past[b] + S - 1.
-    """
-    slots = past[:, None] + torch.arange(new.shape[2], device=past.device)  # [B, S]
-    rows = torch.arange(cache.shape[0], device=past.device)[:, None]
-    cache[rows, :, slots] = new.transpose(1, 2).to(cache.dtype)
-    return cache
-
-
-def cached_attention_cost(node: fx.Node) -> Cost:
-    """At a full cache: what a run costs grows with the tokens cached, up to this."""
-    return attention_cost(node)
-
-
-@define(
-    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor past, float scale, Tensor? key_mask=None)"
-    " -> Tensor",
-    shape=attention_shape,
-    cost=cached_attention_cost,
-)
-def cached_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, scale: float, key_mask: Tensor | None = None
-) -> Tensor:
-    """Causal attention of S new queries over a cache that already holds their keys and values.
-
-    q [B, H, S, D], k_cache [B, G, T, D], v_cache [B, G, T, D'], past [B] int64 -> [B, H, S, D']. Query i of row b
-    sees slots 0 .. past[b] + i. key_mask [B, T]: slots whose entry is zero are hidden (left padding).
-    """
-    last = past[:, None] + torch.arange(q.shape[2], device=past.device)  # [B, S]
-    allowed = torch.arange(k_cache.shape[2], device=past.device) <= last[:, :, None]
-    if key_mask is not None:
-        allowed = allowed & (key_mask != 0)[:, None, :]
-    return attend(q, k_cache, v_cache, allowed[:, None], None, scale)
-
-
 # --- what each dialect may say -----------------------------------------------------------------------------------
-
-STATE_OPS = frozenset({"kv_write", "cached_attention"})
 
 LEGAL: dict[str, frozenset[str]] = {
     "traced": frozenset(),
@@ -312,10 +138,3 @@ LEGAL: dict[str, frozenset[str]] = {
     "stateful": frozenset(OPS),
 }
 """Names of effc ops that a dialect may hold beside functional ATen."""
-
-
-def op_of(node: fx.Node) -> Op | None:
-    """The vocabulary row of a node that calls an effc op, else None."""
-    if node.op == "call_function" and getattr(node.target, "namespace", None) == "effc":
-        return OPS[node.target._schema.name.split("::")[1]]
-    return None

@@ -1,0 +1,80 @@
+"""What a row of the op vocabulary is, and the table of all: schema, shape rule, eager reference and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from .graph import dtype_of, is_tensor, sizes
+
+LIBRARY = torch.library.Library("effc", "DEF")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one op: floating-point operations and bytes moved to and from memory, in symbolic sizes."""
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the vocabulary."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Tensor]
+    shape: Callable[..., Tensor]
+    cost: Callable[[fx.Node], Cost]
+    mutates: bool = False
+
+    @property
+    def target(self) -> torch._ops.OpOverload:
+        return getattr(torch.ops.effc, self.name).default
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(schema: str, *, shape: Callable[..., Tensor], cost: Callable[[fx.Node], Cost]) -> Callable:
+    """Register a reference implementation as `torch.ops.effc.<name>` and add its row to `OPS`."""
+
+    def register(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = schema.split("(", 1)[0]
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"effc::{name}", shape, lib=LIBRARY)
+        OPS[name] = Op(name, schema, reference, shape, cost, mutates="(a!)" in schema)
+        return reference
+
+    return register
+
+
+def numel(node: fx.Node) -> sympy.Expr:
+    return sympy.prod(sizes(node))
+
+
+def nbytes(node: fx.Node) -> sympy.Expr:
+    return numel(node) * dtype_of(node).itemsize
+
+
+def streamed(node: fx.Node, flops: sympy.Expr) -> Cost:
+    """The cost of an op that reads each tensor argument once and writes its result once."""
+    arguments = [argument for argument in node.all_input_nodes if is_tensor(argument)]
+    return Cost(flops, nbytes(node) + sum(nbytes(argument) for argument in arguments))
+
+
+def like(x: Tensor, *rest: object, **named: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def op_of(node: fx.Node) -> Op | None:
+    """The vocabulary row of a node that calls an effc op, else None."""
+    if node.op == "call_function" and getattr(node.target, "namespace", None) == "effc":
+        return OPS[node.target._schema.name.split("::")[1]]
+    return None
