@@ -1,6 +1,7 @@
-"""What an attention mask means: causal, padding, everything visible, or something that stays explicit.
+"""What an attention mask means: causal, a window, padding, everything visible, or something that stays explicit.
 
     where((k <= q) & (attention_mask[b, k] != 0), 0, -3.4e38)   means   causal, with the key mask `attention_mask`
+    (k <= q) & (k > q - 1024)                                   means   causal, with a window of 1,024 keys
 
 A mask is inferred as a function of (b, h, q, k), taken apart into conditions, and then checked against the graph's
 own arithmetic at random sizes; a reading that does not hold there is not used.
@@ -32,13 +33,19 @@ CHECKS, ATTEMPTS = 4, 16
 
 @dataclass(frozen=True)
 class MaskForm:
-    """A mask as conditions: key k is visible to query q if (not causal or k <= q) and key_mask[b, k] != 0.
+    """A mask in the arguments of `effc.attention`; key k is visible to query q where all its conditions hold.
 
-    key_mask: an input of at least [B, T]; what is beyond is not read.
+    causal: k <= q. window: k > q - window. key_mask: key_mask[b, k] != 0, an input of at least [B, T], of which what is
+    beyond is not read. visible: a condition over b, h, q, k and the tables t0, t1, ... (`index_expressions`). bias:
+    what is added to the scores of visible keys, up to a number for each (b, h, q), which the softmax does not see.
     """
 
     causal: bool = False
+    window: int | None = None
     key_mask: fx.Node | None = None
+    visible: str | None = None
+    bias: str | None = None
+    tables: tuple[fx.Node, ...] = ()
 
 
 @dataclass
@@ -71,18 +78,21 @@ def infer_mask(graph: Graph, mask: fx.Node, scores: Shape) -> MaskForm:
     indices = tuple(inference.index(name, size) for name, size in zip("bhqk", scores))
     condition = inference.decide(visible(function.read(indices), mask))
     b, _, q, k = indices
-    causal, key_mask = False, None
+    causal, window, key_mask = False, None, None
     for part in sympy.And.make_args(condition):
         padding = padding_input(inference, part, (b, k))
         if part == sympy.true:
             continue
         if isinstance(part, sympy.Ge) and part.lhs == q - k:
             causal = True
+        elif isinstance(part, sympy.Ge) and (part.lhs - (k - q)).is_Integer and part.lhs - (k - q) >= 0:
+            width = int(part.lhs - (k - q)) + 1
+            window = width if window is None else min(width, window)
         elif padding is not None and key_mask in (None, padding):
             key_mask = padding
         else:
-            raise NotInferred(mask, f"a key is visible only if {part}, which is neither causal nor padding")
-    return MaskForm(causal, key_mask)
+            raise NotInferred(mask, f"a key is visible only if {part}, which is neither causal, a window nor padding")
+    return MaskForm(causal, window, key_mask)
 
 
 def visible(value: Value, mask: fx.Node) -> Value:
@@ -141,6 +151,8 @@ def agrees(form: MaskForm, mask: fx.Node, values: dict[fx.Node, Any], scores: li
     expected = torch.ones(int(length), int(context), dtype=torch.bool)[None, None]
     if form.causal:
         expected = expected.tril()
+    if form.window is not None:
+        expected = expected.triu(1 - form.window)
     if form.key_mask is not None:
         expected = expected & (values[form.key_mask][: int(batch), : int(context)] != 0)[:, None, None, :]
     found = values[mask] if values[mask].dtype == torch.bool else values[mask] == 0

@@ -5,7 +5,7 @@
 
         -->  attention(q, k, v, scale, causal=True, key_mask=attention_mask)
 
-Masks are inferred (`compiler/masks.py`), not pattern-listed. One that is not causal, padding or both stays an explicit
+Masks are inferred (`compiler/masks.py`), not pattern-listed. What is not causal, a window or padding stays an explicit
 operand, and a miss says why. Repeats of key and value heads are recognized by the same index algebra.
 """
 
@@ -60,6 +60,7 @@ MASKED = op(
     any_("causal"),
     any_("key_mask"),
     tensor("mask"),
+    window=any_("window"),
 )
 
 
@@ -130,7 +131,7 @@ def to_attention(
     heads, groups = sizes(q)[1], sizes(k)[1]
     if groups != sizes(v)[1] or not (heads / groups).is_Integer:
         return match.decline(f"{heads} query heads do not divide among {groups} key and {sizes(v)[1]} value heads")
-    key_mask, explicit = None, []
+    key_mask, window, explicit = None, None, []
     for mask in given:
         try:
             form = masks.read(mask, (*sizes(q)[:3], sizes(k)[2]))
@@ -141,8 +142,10 @@ def to_attention(
             explicit.append(mask)
             continue
         causal, key_mask = causal or form.causal, form.key_mask or key_mask
+        window = narrower(window, form.window)
     key_mask = of_the_keys(match, key_mask, q, k)
-    fused = match.call(attention, q, k, v, float(scale), causal, key_mask, combined(match, explicit))
+    limits = {} if window is None else {"window": window}
+    fused = match.call(attention, q, k, v, float(scale), causal, key_mask, combined(match, explicit), **limits)
     erase_unused(match.graph, *given)
     return fused
 
@@ -157,7 +160,14 @@ def from_masked(masks: Masks, match: Match) -> fx.Node | None:
     if None not in (form.key_mask, match["key_mask"]) and form.key_mask is not match["key_mask"]:
         return match.decline("the mask stays an operand: it hides other keys than the key mask given")
     key_mask = match["key_mask"] or of_the_keys(match, form.key_mask, q, k)
-    return match.call(attention, q, k, match["v"], match["scale"], match["causal"] or form.causal, key_mask)
+    window, causal = narrower(match["window"], form.window), match["causal"] or form.causal
+    limits = {} if window is None else {"window": window}
+    return match.call(attention, q, k, match["v"], match["scale"], causal, key_mask, **limits)
+
+
+def narrower(*windows: int | None) -> int | None:
+    """The window that holds where all of these do; None is no window."""
+    return min((window for window in windows if window is not None), default=None)
 
 
 def of_the_keys(match: Match, key_mask: fx.Node | None, q: fx.Node, k: fx.Node) -> fx.Node | None:

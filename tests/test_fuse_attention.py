@@ -180,15 +180,23 @@ def window(k: Tensor) -> Tensor:
     return place[None, :] > place[:, None] - 3
 
 
+WINDOWS = {
+    "and causal": lambda tri, q, k, v, am: sdpa(q, repeated(k), repeated(v), causal(k) & window(k)),
+    "of rank 2": lambda tri, q, k, v, am: sdpa(q, repeated(k), repeated(v), window(k) & causal(k)[0, 0]),
+    "in two masks": lambda tri, q, k, v, am: (
+        (q @ repeated(k).mT + torch.where(causal(k), 0.0, LOWEST)).masked_fill(~window(k), LOWEST).softmax(-1)
+        @ repeated(v)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_window_is_an_argument(name):
+    named = check(WINDOWS[name])
+    assert (meaning(named), named["window"]) == ((True, None, False), 3)
+
+
 MISSES = {
-    "a window": (
-        lambda tri, q, k, v, am: sdpa(q, repeated(k), repeated(v), causal(k) & window(k)),
-        "k - q + 2 >= 0",
-    ),
-    "a window that has rank 2": (
-        lambda tri, q, k, v, am: sdpa(q, repeated(k), repeated(v), window(k) & causal(k)[0, 0]),
-        "neither causal nor padding",
-    ),
     "a bias that depends on the data": (
         lambda tri, q, k, v, am: sdpa(q, repeated(k), repeated(v), q.mean(-1, keepdim=True)),
         "is not index arithmetic",
@@ -268,10 +276,10 @@ def test_every_layer_of_a_model(family):
             assert meaning(arguments(node)) == (True, "attention_mask", False)
 
 
-def test_only_the_windowed_layers_of_a_model_keep_a_mask():
+def test_the_windowed_layers_of_a_model_have_a_window():
     result = fuse_attention(graph := trace(tiny_model("Mistral", sliding_window=4)))
-    assert result.matches == graph.count(attention) == 2
-    assert all("k - q + 3 >= 0" in miss.reason and "modeling_mistral.py" in miss.source for miss in result.misses)
+    assert (result.matches, result.misses) == (2, [])
+    assert [arguments(node)["window"] for node in graph.nodes if node.target is attention] == [4, 4]
 
 
 def test_a_key_mask_of_a_longer_context_is_cut_to_the_keys():

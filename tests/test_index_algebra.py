@@ -127,8 +127,11 @@ def test_ranges_decide_conditions():
 # --- masks ---------------------------------------------------------------------------------------------------------
 
 
-def read(function, *inputs: Tensor, scores: tuple, symbolic: bool = True) -> MaskForm | str:
-    """What the mask that a function builds is read as for scores whose sizes are given as (input, dim) or numbers."""
+def read(function, *inputs: Tensor, scores: tuple, symbolic: bool = True) -> dict[str, object] | str:
+    """What the mask that a function builds is read as for scores whose sizes are given as (input, dim) or numbers.
+
+    The fields that a form sets, nodes by name.
+    """
     graph = graph_of(function, *inputs, symbolic=symbolic)
     (mask,) = graph.outputs
     shape = tuple(
@@ -139,9 +142,10 @@ def read(function, *inputs: Tensor, scores: tuple, symbolic: bool = True) -> Mas
         form = Masks(graph).read(mask, shape)
     except NotInferred as reason:
         return reason.reason
-    return form.causal, form.key_mask and form.key_mask.name
+    return {name: str(value) if is_tensor(value) else value for name, value in vars(form).items() if value}
 
 
+CAUSAL, PADDING = {"causal": True}, {"key_mask": "a"}
 SELF = (("a", 0), 4, ("a", 1), ("a", 1))
 
 
@@ -162,14 +166,17 @@ def test_masks_that_are_causal_padding_both_or_nothing(symbolic):
     def form(function):
         return read(function, a, scores=SELF, symbolic=symbolic)
 
-    assert form(causal) == (True, None)
-    assert form(lambda a: ~(positions(a)[0] > positions(a)[1])) == (True, None)
-    assert form(lambda a: a[:, None, None, :] != 0) == (False, "a")
-    assert form(lambda a: causal(a) & a.bool()[:, None, None, :]) == (True, "a")
-    assert form(lambda a: torch.where(causal(a) & a.bool()[:, None, None, :], 0.0, LOWEST)) == (True, "a")
-    assert form(lambda a: torch.zeros(()).masked_fill(~causal(a), float("-inf"))) == (True, None)
-    assert form(lambda a: torch.ones(a.shape[1], a.shape[1], dtype=torch.bool)) == (False, None)
-    assert form(lambda a: positions(a)[0] >= 0) == (False, None)
+    assert form(causal) == CAUSAL
+    assert form(lambda a: ~(positions(a)[0] > positions(a)[1])) == CAUSAL
+    assert form(lambda a: a[:, None, None, :] != 0) == PADDING
+    assert form(lambda a: causal(a) & a.bool()[:, None, None, :]) == CAUSAL | PADDING
+    assert form(lambda a: torch.where(causal(a) & a.bool()[:, None, None, :], 0.0, LOWEST)) == CAUSAL | PADDING
+    assert form(lambda a: torch.zeros(()).masked_fill(~causal(a), float("-inf"))) == CAUSAL
+    assert form(lambda a: torch.ones(a.shape[1], a.shape[1], dtype=torch.bool)) == {}
+    assert form(lambda a: positions(a)[0] >= 0) == {}
+    assert form(lambda a: positions(a)[0] > positions(a)[1] - 3) == {"window": 3}
+    assert form(lambda a: causal(a) & (positions(a)[1] - positions(a)[0] <= 3)) == CAUSAL | {"window": 4}
+    assert form(lambda a: causal(a) & (positions(a)[0] >= positions(a)[1])) == CAUSAL | {"window": 1}
 
 
 def test_one_query_behind_all_keys_sees_them_all():
@@ -177,15 +184,14 @@ def test_one_query_behind_all_keys_sees_them_all():
         past = a.shape[1] - 1
         return torch.arange(a.shape[1])[None, None, None, :] <= torch.arange(past, past + 1)[None, None, :, None]
 
-    assert read(decode, numbers(2, 7), scores=(("a", 0), 4, 1, ("a", 1))) == (False, None)
+    assert read(decode, numbers(2, 7), scores=(("a", 0), 4, 1, ("a", 1))) == {}
 
 
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda a: causal(a) & (positions(a)[0] > positions(a)[1] - 3), "k - q + 2 >= 0"),
-        (lambda a: positions(a)[0] >= positions(a)[1], "k - q >= 0"),
-        (lambda a: causal(a) | (positions(a)[0] < 2), "neither causal nor padding"),
+        (lambda a: positions(a)[0] > positions(a)[1], "k - q - 1 >= 0"),
+        (lambda a: causal(a) | (positions(a)[0] < 2), "neither causal, a window nor padding"),
         (lambda a: causal(a) & (a[:, None, :, None] != 0), "Ne(a(b, q), 0)"),
         (lambda a: causal(a) & (a[:, None, None, :] > 1), "a(b, k)"),
         (lambda a: torch.where(causal(a), 0.0, -1.0), "it adds -1"),
