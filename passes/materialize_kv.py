@@ -11,6 +11,7 @@ new token [B, S, V]; `prefill` at the last one only [B, 1, V]; `decode` is `exte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -78,8 +79,7 @@ def drop_padding(graph: Graph) -> Graph:
     mask = graph.placeholder(PADDING)
     for node in list(mask.users):
         if node.target == effc.attention.default and arguments(node)["key_mask"] is mask:
-            named = arguments(node) | {"key_mask": None}
-            replace(graph, node, insert(graph, node, node.target, *named.values(), origins=[node]))
+            replace(graph, node, insert_named(graph, node, node.target, arguments(node) | {"key_mask": None}))
     if mask.users:
         replace_by_ones(graph, mask)
         fuse_attention(graph)
@@ -128,20 +128,21 @@ def add_cache(graph: Graph) -> None:
             graph.states += (cache.name,)
             written[new] = insert(graph, node, effc.kv_write.default, cache, new, past)
         layers += bool(fresh)
-        cached = insert(
-            graph,
-            node,
-            effc.cached_attention.default,
-            named["q"],
-            written[named["k"]],
-            written[named["v"]],
-            past,
-            named["scale"],
-            key_mask if named["key_mask"] is not None else None,
-            origins=[node],
-        )
-        replace(graph, node, cached)
+        named |= {letter: written[named[letter]] for letter in "kv"}
+        named |= {"k_cache": named.pop("k"), "v_cache": named.pop("v"), "past": past}
+        named["key_mask"] = key_mask if named["key_mask"] is not None else None
+        del named["causal"], named["mask"]
+        replace(graph, node, insert_named(graph, node, effc.cached_attention.default, named))
     remove_padding(graph)
+
+
+def insert_named(graph: Graph, node: fx.Node, target: Any, named: Mapping[str, Any]) -> fx.Node:
+    """A call in the place of `node` with its arguments by name; those by keyword that are None are left out."""
+    schema = target._schema.arguments
+    args = [named[argument.name] for argument in schema if not argument.kwarg_only]
+    kwargs = {argument.name: named[argument.name] for argument in schema if argument.kwarg_only}
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    return insert(graph, node, target, *args, origins=[node], **given)
 
 
 def add_key_mask(graph: Graph, attentions: list[fx.Node], batch: Any, capacity: Any) -> fx.Node | None:
