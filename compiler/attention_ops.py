@@ -21,7 +21,8 @@ from .index_expressions import evaluate
 from .vocabulary import Cost, define, nbytes, numel, streamed
 
 SCORES = (
-    "int? window=None, float? softcap=None, str? visible=None, str? bias=None, Tensor[]? tables=None, Tensor? sinks=None"
+    "int? window=None, float? softcap=None, str? visible=None, str? bias=None, Tensor[]? tables=None, "
+    "Tensor? sinks=None"
 )
 """Arguments, by keyword, that both attention ops share."""
 
