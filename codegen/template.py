@@ -6,10 +6,11 @@ Sizes that are known only at run time become parameters.
 
 from __future__ import annotations
 
+import functools
 import re
 
 import sympy
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from .kernel import TRITON_TYPES, Kernel, Launch, Layout, Packed, Pointer
 
@@ -61,13 +62,17 @@ class Arguments:
         nodes: tuple[str, ...],
         **values: object,
     ) -> Launch:
-        # Jinja's own line statements would swallow the blank lines behind them.
-        template = re.sub(r"^#% (.*)$", r"{% \1 %}", template, flags=re.MULTILINE)
-        source = ENVIRONMENT.from_string(template).render(name=name, header=self.header, **values).strip("\n") + "\n"
+        source = parsed(template).render(name=name, header=self.header, **values).strip("\n") + "\n"
         signature = (*((n, kind) for n, kind, _ in self.pointers), *((n, "i32") for n, _ in self.sizes))
         kernel = Kernel(name, source, signature, tuple(self.constants))
         arguments = (*(pointer for _, _, pointer in self.pointers), *(expr for _, expr in self.sizes))
         return Launch(kernel, grid, arguments, nodes)
+
+
+@functools.cache
+def parsed(template: str) -> Template:
+    """The template, compiled once. Jinja's own line statements would swallow the blank lines behind them."""
+    return ENVIRONMENT.from_string(re.sub(r"^#% (.*)$", r"{% \1 %}", template, flags=re.MULTILINE))
 
 
 def power_of_two(size: int) -> int:
