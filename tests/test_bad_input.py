@@ -12,7 +12,7 @@ import pytest
 import torch
 from effc import cli
 
-from .tiny_models import tiny_model
+from .families import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

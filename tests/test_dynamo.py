@@ -11,7 +11,7 @@ from effc.compiler.weights import Read
 from effc.passes import run as run_passes
 from torch import nn
 
-from .tiny_models import example_inputs, tiny_model
+from .families import example_inputs, tiny_model
 
 
 class Arguments:

@@ -20,8 +20,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from .families import tiny_model, traced
 from .pass_checks import check_pass, example
-from .tiny_models import tiny_model, traced
 
 aten = torch.ops.aten
 attention = torch.ops.effc.attention.default

@@ -4,7 +4,7 @@ from effc.compiler.errors import InputError
 from effc.compiler.interpret import run
 from effc.compiler.sources import ModuleSource
 
-from .tiny_models import example_inputs, tiny_model, traced
+from .families import example_inputs, tiny_model, traced
 
 
 def test_float64_is_computed_in_float64_throughout():

@@ -17,8 +17,8 @@ from effc.passes.materialize_kv import KINDS, drop_padding, materialize_kv
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from .families import tiny_model
 from .pass_checks import SEED, randomize
-from .tiny_models import tiny_model
 
 effc = torch.ops.effc
 B, PROMPT, NEW, CAPACITY = 3, 7, 3, 16

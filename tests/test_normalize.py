@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from .tiny_models import SIZES, example_inputs, traced, worst_error
+from .families import SIZES, example_inputs, traced, worst_error
 
 BATCH, LENGTH = 2, 6
 

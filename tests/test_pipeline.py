@@ -6,7 +6,7 @@ from effc.compiler.rewrite import PassResult
 from effc.compiler.verify import VerificationError, verify
 from effc.passes import PASSES, run
 
-from .tiny_models import SIZES, example_inputs, traced, worst_error
+from .families import SIZES, example_inputs, traced, worst_error
 
 NAMES = [function.__name__ for function in PASSES]
 

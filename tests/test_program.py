@@ -12,7 +12,7 @@ from effc.program import read_record, write_record
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from .tiny_models import tiny_model
+from .families import tiny_model
 from .tolerance import assert_close_to_reference
 
 

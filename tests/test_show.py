@@ -1,7 +1,7 @@
 from effc.compiler.show import count_ops, differences, show, show_differences
 from effc.passes.normalize import normalize
 
-from .tiny_models import traced
+from .families import traced
 
 
 def test_a_graph_prints_one_line_a_node_with_sizes_by_letter_and_source_lines():

@@ -11,7 +11,7 @@ from effc.compiler.verify import verify
 from effc.compiler.weights import Constant, Read
 from torch import nn
 
-from .tiny_models import SIZES, example_inputs, tiny_model, traced, worst_error
+from .families import SIZES, example_inputs, tiny_model, traced, worst_error
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma", "GPT2", "OPT", "Bloom"])
