@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 effc = torch.ops.effc
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
@@ -50,6 +51,16 @@ class Sizes:
 
 
 Arguments = tuple[object, ...]
+"""What an op is called with; a dict at the end holds arguments by keyword."""
+
+SCORES: dict[str, Callable[[Sizes], dict[str, object]]] = {
+    "window": lambda z: {"window": 2},
+    "softcap": lambda z: {"softcap": 2.0},
+    "sinks": lambda z: {"sinks": z.tensor(z.H), "window": 3},
+    "bias": lambda z: {"bias": "t0[h] * (k - q)", "tables": [z.tensor(z.H)]},
+    "documents": lambda z: {"visible": "t0[b, q] == t0[b, k]", "tables": [z.past[:, None] + torch.arange(z.T) // 3]},
+}
+"""Arguments that both attention ops share."""
 
 CASES: dict[str, dict[str, Callable[[Sizes], Arguments]]] = {
     "rms_norm": {
@@ -80,6 +91,7 @@ CASES: dict[str, dict[str, Callable[[Sizes], Arguments]]] = {
         "padded": lambda z: (*queries_and_keys(z, z.T), 0.3, False, z.key_mask),
         "masked": lambda z: (*queries_and_keys(z, z.T), 0.3, False, None, z.tensor(z.B, 1, z.S, z.T) > 0),
         "biased": lambda z: (*queries_and_keys(z, z.T), 0.3, False, None, z.tensor(1, z.H, z.S, z.T)),
+        **{name: lambda z, make=make: (*queries_and_keys(z, z.S), 0.3, True, make(z)) for name, make in SCORES.items()},
     },
     "kv_write": {
         "anywhere": lambda z: (z.tensor(z.B, z.G, z.T, z.D), z.tensor(z.B, z.G, z.S, z.D), z.past),
@@ -87,6 +99,10 @@ CASES: dict[str, dict[str, Callable[[Sizes], Arguments]]] = {
     "cached_attention": {
         "plain": lambda z: (*queries_and_keys(z, z.T), z.past, 0.3),
         "padded": lambda z: (*queries_and_keys(z, z.T), z.past, 0.3, z.key_mask),
+        **{
+            name: lambda z, make=make: (*queries_and_keys(z, z.T), z.past, 0.3, make(z))
+            for name, make in SCORES.items()
+        },
     },
 }  # fmt: skip
 """Arguments of every op, in the ways that change what it does."""
@@ -128,9 +144,9 @@ def test_every_op_is_legal_somewhere():
 @pytest.mark.parametrize(("name", "case"), EVERY_CASE)
 def test_shape_rule_says_what_the_reference_gives(name, case, sizes):
     arguments = CASES[name][case](sizes)
-    found = OPS[name].target(*clone(arguments))
+    found = call(name, clone(arguments))
     with FakeTensorMode() as mode:
-        promised = OPS[name].target(*fake(arguments, mode))
+        promised = call(name, fake(arguments, mode))
     assert promised.shape == found.shape
     assert promised.dtype == found.dtype == sizes.dtype
     assert promised.stride() == found.stride()
@@ -142,7 +158,7 @@ def test_symbolic_sizes_stay_symbolic(name, case, generator):
     arguments = CASES[name][case](sizes)
     graph, hints = symbolic(name, arguments)
     (node,) = (node for node in graph.nodes if op_of(node) is OPS[name])
-    found = OPS[name].target(*clone(arguments))
+    found = call(name, clone(arguments))
     shape = [size if isinstance(size, int) else size.node.expr for size in node.meta["val"].shape]
     assert [int(sympy.sympify(size).subs(hints)) for size in shape] == list(found.shape)
     assert not isinstance(node.meta["val"].shape[0], int) or found.shape[0] == 1
@@ -152,8 +168,8 @@ def test_symbolic_sizes_stay_symbolic(name, case, generator):
 def test_cost_counts_every_tensor_once(name, case, generator):
     arguments = CASES[name][case](Sizes(generator))
     cost = cost_of(name, arguments)
-    found = OPS[name].target(*clone(arguments))
-    moved = found.nbytes + sum(value.nbytes for value in arguments if isinstance(value, Tensor))
+    found = call(name, clone(arguments))
+    moved = found.nbytes + sum(value.nbytes for value in tree_leaves(arguments) if isinstance(value, Tensor))
     if name == "kv_write":
         moved = 2 * arguments[1].nbytes
     assert cost.bytes == moved
@@ -214,31 +230,39 @@ def test_a_cache_gives_what_attention_over_all_keys_gives(generator):
     torch.testing.assert_close(effc.cached_attention(q, k_cache, v_cache, past, 0.3), expected)
 
 
+def call(name: str, arguments: Arguments) -> Tensor:
+    named = arguments[-1] if isinstance(arguments[-1], dict) else {}
+    return OPS[name].target(*arguments[: len(arguments) - bool(named)], **named)
+
+
+def on_tensors(arguments: Arguments, function: Callable[[Tensor], object]) -> Arguments:
+    return tree_map(lambda value: function(value) if isinstance(value, Tensor) else value, arguments)
+
+
 def clone(arguments: Arguments) -> Arguments:
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
+    return on_tensors(arguments, Tensor.clone)
 
 
 def fake(arguments: Arguments, mode: FakeTensorMode) -> Arguments:
-    return tuple(mode.from_tensor(value) if isinstance(value, Tensor) else value for value in arguments)
+    return on_tensors(arguments, mode.from_tensor)
 
 
 def symbolic(name: str, arguments: Arguments) -> tuple[Graph, dict[sympy.Symbol, int]]:
     """A graph of one op in which every size above 1 is symbolic, and what the symbols stand for."""
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes)
-    tensors, fakes = [], []
-    for value in arguments:
+    fakes = []
+    for value in tree_leaves(arguments):
         if isinstance(value, Tensor):
             context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * value.ndim)
-            tensors.append(value)
             fakes.append(mode.from_tensor(value, symbolic_context=context))
 
-    def call(*given: Tensor) -> tuple[Tensor]:
+    def traced(*given: Tensor) -> tuple[Tensor]:
         left = iter(given)
-        return (OPS[name].target(*(next(left) if isinstance(value, Tensor) else value for value in arguments)),)
+        return (call(name, on_tensors(arguments, lambda value: next(left))),)
 
     with mode:
-        graph = Graph(make_fx(call, pre_dispatch=True)(*fakes))
+        graph = Graph(make_fx(traced, pre_dispatch=True)(*fakes))
     return graph, {symbol: int(hint) for symbol, hint in shapes.backed_var_to_val.items()}
 
 
