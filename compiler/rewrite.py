@@ -14,7 +14,7 @@ A pass mutates the graph it is given; whoever wants to keep the original copies 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +169,15 @@ def insert(
     if getattr(target, "namespace", None) == "effc" and graph.dialect == "traced":
         graph.dialect = "fused"
     return node
+
+
+def insert_named(graph: Graph, node: fx.Node, target: Any, named: Mapping[str, Any]) -> fx.Node:
+    """A new call before `node`, which it stands for, with arguments by name; None of those by keyword is left out."""
+    schema = target._schema.arguments
+    args = [named[argument.name] for argument in schema if not argument.kwarg_only]
+    kwargs = {argument.name: named[argument.name] for argument in schema if argument.kwarg_only}
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    return insert(graph, node, target, *args, origins=[node], **given)
 
 
 def op_name(target: Any) -> str | None:

@@ -4,14 +4,15 @@
 
         -->  cached_attention(q, kv_write(k_cache_i, k, past), kv_write(v_cache_i, v, past), past, scale, key_mask)
 
-New inputs: past [B] int64, the tokens that each row has in the cache; and key_mask [B, T] bool where the graph has
-padding. New states: k_cache_i and v_cache_i [B, G, T, D], whose capacity T is symbolic. `extend` gives logits at every
-new token [B, S, V]; `prefill` at the last one only [B, 1, V]; `decode` is `extend` with S = 1.
+New inputs: past [B] int64, the slots that each row has filled in the cache; key_mask [B, T] bool where the graph hides
+padding, and padding [B] int64, how many of a row's first slots hold it, where the graph counts what is visible. New
+states: k_cache_i and v_cache_i [B, G, T, D], whose capacity T is symbolic. What counts tokens goes on from `past`
+(`count_tokens`). `extend` gives logits at every new token [B, S, V]; `prefill` at the last one only [B, 1, V]; `decode`
+is `extend` with S = 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -22,8 +23,9 @@ from ..compiler import ops  # noqa: F401  (registers the vocabulary)
 from ..compiler.errors import InputError, ModelError
 from ..compiler.graph import Graph, dtype_of, size_expr, sizes
 from ..compiler.pattern import arguments
-from ..compiler.rewrite import fake_mode, insert, replace
+from ..compiler.rewrite import fake_mode, insert, insert_named, replace
 from .cleanup import cleanup
+from .count_tokens import ARANGES, PADDING, TOKENS, NotOffset, TokenCounts
 from .fuse_attention import fuse_attention
 from .per_token import TokenAxis, check_per_token, refused
 from .specialize import rederive, specialize
@@ -32,7 +34,6 @@ aten = torch.ops.aten
 effc = torch.ops.effc
 
 KINDS = ("prefill", "extend", "decode")
-TOKENS, PADDING = "input_ids", "attention_mask"
 CAPACITY_EXAMPLE = 4099
 """A capacity to reason with where a shape rule wants an example; any other works."""
 
@@ -48,7 +49,7 @@ def materialize_kv(graph: Graph, kind: str) -> Graph:
     graph = graph.copy(name=kind, dialect="stateful")
     length = token_count(graph)
     check_cacheable(graph, length)
-    add_cache(graph)
+    add_cache(graph, length)
     if kind == "prefill":
         keep_last_token(graph, length)
     if kind == "decode":
@@ -110,7 +111,7 @@ def token_count(graph: Graph) -> sympy.Symbol:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def add_cache(graph: Graph) -> None:
+def add_cache(graph: Graph, length: sympy.Symbol) -> None:
     """Let every attention write its keys and values to a cache, and read all that is in it."""
     attentions = [node for node in graph.nodes if node.target == effc.attention.default]
     batch, capacity = graph.placeholder(TOKENS).meta["val"].shape[0], new_size(graph)
@@ -133,16 +134,19 @@ def add_cache(graph: Graph) -> None:
         named["key_mask"] = key_mask if named["key_mask"] is not None else None
         del named["causal"], named["mask"]
         replace(graph, node, insert_named(graph, node, effc.cached_attention.default, named))
-    remove_padding(graph)
+    count_from_cache(graph, length, past)
 
 
-def insert_named(graph: Graph, node: fx.Node, target: Any, named: Mapping[str, Any]) -> fx.Node:
-    """A call in the place of `node` with its arguments by name; those by keyword that are None are left out."""
-    schema = target._schema.arguments
-    args = [named[argument.name] for argument in schema if not argument.kwarg_only]
-    kwargs = {argument.name: named[argument.name] for argument in schema if argument.kwarg_only}
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    return insert(graph, node, target, *args, origins=[node], **given)
+def count_from_cache(graph: Graph, length: sympy.Symbol, past: fx.Node) -> None:
+    def padding() -> fx.Node:
+        if "padding" in graph.inputs:
+            return graph.placeholder("padding")
+        return add_placeholder(graph, "padding", tuple(past.meta["val"].shape), torch.int64)
+
+    try:
+        TokenCounts(graph, length, past, padding).rewrite()
+    except NotOffset as reason:
+        raise refused(graph, reason.node, str(reason)) from None
 
 
 def add_key_mask(graph: Graph, attentions: list[fx.Node], batch: Any, capacity: Any) -> fx.Node | None:
@@ -152,14 +156,6 @@ def add_key_mask(graph: Graph, attentions: list[fx.Node], batch: Any, capacity: 
         if arguments(node)["key_mask"].name != PADDING:
             raise refused(graph, node, f"its key mask is not the input {PADDING}")
     return add_placeholder(graph, "key_mask", (batch, capacity), torch.bool) if masked else None
-
-
-def remove_padding(graph: Graph) -> None:
-    if PADDING in graph.inputs:
-        padding = graph.placeholder(PADDING)
-        for user in padding.users:
-            raise refused(graph, user, f"it uses {PADDING} for something else than hiding keys")
-        graph.fx.erase_node(padding)
 
 
 def add_placeholder(graph: Graph, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
@@ -191,7 +187,7 @@ def keep_last_token(graph: Graph, length: sympy.Symbol) -> None:
 
     linear(norm(x), w) [B, S, V]  -->  linear(norm(slice(x, dim=1, start=-1)), w) [B, 1, V]
     """
-    axis = TokenAxis(length)
+    axis = TokenAxis(graph, length)
     tail = needed_for_logits_only(graph, axis)
     last: dict[fx.Node, fx.Node] = {}
 
@@ -216,9 +212,9 @@ def keep_last_token(graph: Graph, length: sympy.Symbol) -> None:
 def needed_for_logits_only(graph: Graph, axis: TokenAxis) -> set[fx.Node]:
     """The calls behind the last attention that can be run for one token: per token, with the tokens in a dimension."""
     tail: set[fx.Node] = set()
-    cached = (effc.kv_write.default, effc.cached_attention.default)
+    whole = {effc.kv_write.default, effc.cached_attention.default, *ARANGES}
     for node in reversed(list(graph.nodes)):
-        if node.op != "call_function" or node.target in cached or not axis.dims(node):
+        if node.op != "call_function" or node.target in whole or not axis.dims(node):
             continue
         tensors = [x for x in (node, *node.all_input_nodes) if axis.dims(x)]
         numbers = [x for x in node.all_input_nodes if axis.in_value(x)]

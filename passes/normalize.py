@@ -9,6 +9,7 @@
     cat([empty, x])                                    -->  x
     add.Scalar(x, 2), div(x, full([], 2))              -->  add.Tensor(x, 2), div.Tensor(x, 2)
     x * x, square(x), pow(x, 2.0)                      -->  pow(x, 2)
+    outer(x, y)                                        -->  unsqueeze(x, 1) * y
     __and__, logical_and of bools                      -->  bitwise_and
     sym_size of anything                               -->  sym_size of the first input with that size, or an int
 
@@ -75,6 +76,7 @@ SPLITS = frozenset(
 CAT = op(aten.cat.default, any_("parts"), any_("dim"))
 ADD_ZERO = op(aten.add.Tensor, aten.sub.Tensor, X, 0)
 TIMES_ONE = op(aten.mul.Tensor, aten.div.Tensor, X, 1) | op(aten.pow.Tensor_Scalar, X, 1)
+OUTER = op(aten.outer.default, X, tensor("y"))
 SQUARE = op(aten.mul.Tensor, X, X) | op(aten.square.default, X)
 POWER = op(aten.pow.Tensor_Scalar, X, const("exponent"))
 LOGICAL = {
@@ -245,6 +247,11 @@ def is_zero(size: Any) -> bool:
     return isinstance(size, int) and size == 0
 
 
+def to_product(match: Match) -> fx.Node:
+    column = match.call(aten.unsqueeze.default, match["x"], 1)
+    return match.call(aten.mul.Tensor, column, match["y"])
+
+
 def to_square(match: Match) -> fx.Node:
     return match.call(aten.pow.Tensor_Scalar, match["x"], 2)
 
@@ -331,6 +338,7 @@ RULES = (
     Rule("cat", CAT, to_shorter_cat),
     Rule("add_zero", ADD_ZERO, to_input_if_same),
     Rule("times_one", TIMES_ONE, to_input_if_same),
+    Rule("outer", OUTER, to_product),
     Rule("square", SQUARE, to_square),
     Rule("power", POWER, to_known_power),
     Rule("logical", AnyCall(LOGICAL), to_bitwise),

@@ -1,8 +1,9 @@
 """Whether a graph treats every token alike and alone, outside of attention: what a KV cache needs.
 
-A graph can be run on a few new tokens at a time if token i of every result depends on token i of its inputs only, and
-not on the length S. `check_per_token` follows the token axis, the one dimension whose size contains S, through an
-allow-list of ops; what is not on the list, or mixes tokens, is refused by name.
+A graph can be run on a few new tokens at a time if token i of every result depends on token i of its inputs only (and
+on how many tokens stand before it, see `count_tokens`), and not on the length S. `check_per_token` follows the token
+axis, the one dimension whose size contains S, through an allow-list of ops; what is not on the list, or mixes tokens,
+is refused by name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..compiler.graph import Graph, is_tensor, size_expr, sizes
 from ..compiler.index_values import reshape_groups
 from ..compiler.pattern import arguments
 from ..compiler.rewrite import source_line
+from .count_tokens import counts_tokens, running_count, slices_table
 
 aten = torch.ops.aten
 effc = torch.ops.effc
@@ -32,8 +34,8 @@ Check = Callable[["TokenAxis", fx.Node], str | None]
 class TokenAxis:
     """Finds the dimension of a tensor that runs over tokens: the one whose size contains the symbol `length`."""
 
-    def __init__(self, length: sympy.Symbol) -> None:
-        self.length = length
+    def __init__(self, graph: Graph, length: sympy.Symbol) -> None:
+        self.graph, self.length = graph, length
 
     def of(self, node: Any) -> int | None:
         """The token dimension of a node; None if it is the same for every token. See `dims` for refusals."""
@@ -59,7 +61,7 @@ class TokenAxis:
 
 def check_per_token(graph: Graph, length: sympy.Symbol) -> None:
     """Raise ModelError at the first node, attention aside, where a token depends on others or on the length."""
-    axis = TokenAxis(length)
+    axis = TokenAxis(graph, length)
     for node in graph.nodes:
         if node.op == "call_function" and (reason := refusal(axis, node)) is not None:
             raise refused(graph, node, reason)
@@ -110,8 +112,19 @@ def pointwise(axis: TokenAxis, node: fx.Node) -> str | None:
 
 
 def counting(axis: TokenAxis, node: fx.Node) -> str | None:
-    if axis.of(node) is not None or any(axis.in_value(x) for x in node.all_input_nodes):
-        return "it counts tokens from 0: positions have to be an input (position_ids)"
+    """arange over the tokens continues from those that are cached (`count_tokens`)."""
+    if axis.of(node) is None and not any(axis.in_value(x) for x in node.all_input_nodes):
+        return None
+    return None if counts_tokens(node, axis.length) else "it counts up to something else than the number of tokens"
+
+
+def cumsum(axis: TokenAxis, node: fx.Node) -> str | None:
+    """The running count of what is visible, or of every token, is known from the cache (`count_tokens`)."""
+    dim = arguments(node)["dim"] % len(sizes(node))
+    if axis.of(node) != dim:
+        return None
+    if running_count(axis.graph, node, axis.length) is None:
+        return f"it adds up along dimension {dim}, over the tokens"
     return None
 
 
@@ -171,6 +184,8 @@ def slice_(axis: TokenAxis, node: fx.Node) -> str | None:
     named = arguments(node)
     source = node.args[0]
     dim = named["dim"] % len(sizes(source))
+    if slices_table(node, axis.length):
+        return None
     if axis.of(source) == dim or axis.of(node) == dim:
         return "it slices along the tokens, or by their number"
     return None
@@ -284,9 +299,10 @@ CHECKS: dict[Any, Check] = {
     **dict.fromkeys((aten.squeeze.dim, aten.expand.default, aten.select.int), same_or_new),
     aten.slice.Tensor: slice_,
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), along("dim")),
-    **dict.fromkeys((aten.cat.default, aten.stack.default, aten.softmax.int, aten.cumsum.default), along("dim")),
+    **dict.fromkeys((aten.cat.default, aten.stack.default, aten.softmax.int), along("dim")),
     **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.var.correction), along("dim")),
     **dict.fromkeys((aten.repeat_interleave.self_int, aten.gather.default), along("dim")),
+    aten.cumsum.default: cumsum,
     aten.repeat.default: repeat,
     aten.index.Tensor: index,
     **dict.fromkeys((aten.linear.default, effc.linear.default, effc.gated_linear.default), linear),

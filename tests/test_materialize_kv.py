@@ -66,7 +66,8 @@ class Session:
         """Logits of the tokens first .. end - 1 by one of the graphs."""
         graph = self.graphs[kind]
         given = {name: value[:, first:end] for name, value in self.inputs.items()}
-        given |= {"past": torch.full((B,), first), "key_mask": self.key_mask}
+        padding = (self.inputs["attention_mask"] == 0).sum(-1)
+        given |= {"past": torch.full((B,), first), "key_mask": self.key_mask, "padding": padding}
         (logits,) = run(graph, {name: given[name] for name in graph.inputs}, self.source, self.states)
         return logits
 
@@ -225,10 +226,6 @@ REFUSED = {
         lambda m, x, mask, places: x + (x @ x.mT).tanh().softmax(-1) @ x,
         "multiplies tokens with tokens|softcap",
     ),
-    "own positions": (
-        lambda m, x, mask, places: attend(m, x + m.places(torch.arange(x.shape[1]))),
-        r"arange .*: it counts tokens from 0: positions have to be an input",
-    ),
     "a running sum": (lambda m, x, mask, places: attend(m, x).cumsum(1), r"cumsum .* over the tokens"),
     "a mean over tokens": (lambda m, x, mask, places: attend(m, x) + x.mean(1, keepdim=True), "over the tokens"),
     "the first token": (lambda m, x, mask, places: attend(m, x) + x[:, :1], "slices along the tokens"),
@@ -246,10 +243,6 @@ REFUSED = {
         "mixes tokens with other dimensions",
     ),
     "the number of tokens": (lambda m, x, mask, places: attend(m, x) * x.shape[1], "computes with the length"),
-    "the mask elsewhere": (
-        lambda m, x, mask, places: attend(m, x * mask[:, :, None]),
-        "it uses attention_mask for something else",
-    ),
 }
 
 

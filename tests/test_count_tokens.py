@@ -1,0 +1,134 @@
+"""Counts that go on from the cache: positions made in the model, tables cut to the length, running counts of a mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from effc.compiler.errors import ModelError
+from effc.passes.materialize_kv import drop_padding, materialize_kv
+from torch import Tensor, nn
+
+from .test_materialize_kv import Model, agree, attend, compiled, graphs_of
+
+aten = torch.ops.aten
+
+
+def padded(m: Model, x: Tensor, mask: Tensor) -> Tensor:
+    """Attention that sees what is not padding."""
+    place = torch.arange(x.shape[1])
+    allowed = (place[None, :] <= place[:, None]) & (mask[:, None, None, :] != 0)
+    return attend(m, x, is_causal=False, attn_mask=allowed)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def rotated_attention(m: Model, x: Tensor, places: Tensor) -> Tensor:
+    """Rope from positions [S] that are counted in the model, as llama2.c and its children have it."""
+    angle = torch.outer(places.float(), 10000.0 ** -(torch.arange(0, 8, 2) / 8))
+    cos, sin = angle.cos()[None, :, None, :], angle.sin()[None, :, None, :]
+    q, k, v = (part.unflatten(-1, (2, 8)) for part in m.mix(x).chunk(3, dim=-1))
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+COUNTS = {
+    "arange": lambda m, x, mask, places: attend(m, x + m.places(torch.arange(x.shape[1]))),
+    "arange with a batch of one": lambda m, x, mask, places: attend(m, x + m.places(torch.arange(x.shape[1])[None])),
+    "arange from 2": lambda m, x, mask, places: attend(m, x + m.places(torch.arange(2, x.shape[1] + 2))),
+    "arange, expanded": lambda m, x, mask, places: attend(
+        m, x + m.places(torch.arange(x.shape[1])[None].expand(x.shape[0], -1))
+    ),
+    "arange after the last attention": lambda m, x, mask, places: attend(m, x) + m.places(torch.arange(x.shape[1])),
+    "arange as a number": lambda m, x, mask, places: attend(m, x * (1 + torch.arange(x.shape[1])[:, None] / 8).log1p()),
+    "a slice of a table": lambda m, x, mask, places: attend(m, x + m.places.weight[: x.shape[1]]),
+    "a slice of a table, from 2": lambda m, x, mask, places: attend(m, x + m.places.weight[2 : x.shape[1] + 2]),
+    "a slice of a table along dimension 1": lambda m, x, mask, places: attend(
+        m, x + m.places.weight.T[:, : x.shape[1]].T
+    ),
+    "a slice of a table of rank 3": lambda m, x, mask, places: attend(
+        m, x + m.places.weight.view(1, 32, 4, 4)[:, : x.shape[1]].flatten(2)
+    ),
+    "a running count of ones": lambda m, x, mask, places: attend(
+        m, x + m.places(torch.ones_like(places).cumsum(1) - 1)
+    ),
+    "rope": lambda m, x, mask, places: rotated_attention(m, x, torch.arange(x.shape[1])),
+}
+"""Models that count tokens and take neither positions nor padding."""
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_go_on_from_the_cache(name):
+    model, graph = compiled(COUNTS[name])
+    graph = drop_padding(graph)
+    graphs = graphs_of(graph)
+    assert graphs["decode"].inputs == ["input_ids", "position_ids", "past"]
+    agree(model, graph, graphs, padding=False)
+
+
+PADDED = {
+    "the mask": lambda m, x, mask, places: padded(m, x * mask[:, :, None], mask),
+    "a running count of the mask": lambda m, x, mask, places: padded(
+        m, x + m.places((mask.cumsum(1) * mask - 1).long() + 2), mask
+    ),
+    "a running count of a cast": lambda m, x, mask, places: padded(
+        m, x + m.places((mask != 0).int().cumsum(1).clamp(min=1) - 1), mask
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_counts_of_what_is_visible_know_the_padding(name):
+    model, graph = compiled(PADDED[name])
+    graphs = graphs_of(graph)
+    assert graphs["decode"].inputs == ["input_ids", "position_ids", "past", "key_mask", "padding"]
+    agree(model, graph, graphs, padding=True)
+    bare = drop_padding(graph)
+    agree(model, bare, graphs_of(bare), padding=False)
+
+
+REFUSED = {
+    "more than the tokens": (
+        lambda m, x, mask, places: attend(m, x + m.places(torch.arange(x.shape[1] + 1)[1:])),
+        "more than|counts up to something else|tokens",
+    ),
+    "backwards": (
+        lambda m, x, mask, places: attend(m, x + m.places(x.shape[1] - 1 - torch.arange(x.shape[1]))),
+        "it computes with the length",
+    ),
+    "a running sum of positions": (
+        lambda m, x, mask, places: attend(m, x + places.cumsum(1)[:, :, None]),
+        "cumsum .* it adds up along dimension 1, over the tokens",
+    ),
+    "the end of a table": (
+        lambda m, x, mask, places: attend(m, x + m.places.weight[-x.shape[1] :]),
+        r"slice\w* .* it slices along the tokens",
+    ),
+    "a sorted count": (
+        lambda m, x, mask, places: attend(
+            m, x + torch.arange(x.shape[1])[:, None].expand(-1, 4).sort(-1)[0].sum(-1)[:, None]
+        ),
+        "sort",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_counts_that_cannot_go_on_are_refused(name):
+    function, reason = REFUSED[name]
+    graph = drop_padding(compiled(function)[1])
+    with pytest.raises(ModelError, match=reason):
+        materialize_kv(graph, "decode")
+
+
+def test_counting_is_two_calls_on_past():
+    _, graph = compiled(COUNTS["arange"])
+    decode = materialize_kv(drop_padding(graph), "decode")
+    past = decode.placeholder("past")
+    (first,) = (user for user in past.users if user.target == aten.unsqueeze.default)
+    (slots,) = first.users
+    assert slots.target == aten.add.Tensor
+    assert [user.target for user in slots.users] == [aten.embedding.default]
