@@ -193,6 +193,20 @@ def test_a_hand_written_model_gets_a_cache():
     agree(model, graph, graphs, padding=False)
 
 
+def test_a_window_is_one_of_the_cached_attention():
+    def attends_to_three(m: Model, x: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        place = torch.arange(mask.shape[1])
+        allowed = (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - 3)
+        return attend(m, x, is_causal=False, attn_mask=allowed)
+
+    model, graph = compiled(attends_to_three)
+    graph = drop_padding(graph)
+    graphs = graphs_of(graph)
+    (node,) = (node for node in graphs["decode"].nodes if node.target == effc.cached_attention.default)
+    assert node.kwargs == {"window": 3}
+    agree(model, graph, graphs, padding=False)
+
+
 def test_without_padding_other_uses_of_the_mask_are_ones():
     model, graph = compiled(lambda m, x, mask, places: attend(m, x * mask[:, :, None]))
     bare = drop_padding(graph)
@@ -208,19 +222,10 @@ def test_without_padding_other_uses_of_the_mask_are_ones():
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def window(mask: Tensor) -> Tensor:
-    place = torch.arange(mask.shape[1])
-    return (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - 3)
-
-
 REFUSED = {
     "attention that is not causal": (
         lambda m, x, mask, places: attend(m, x, is_causal=False),
         r"attention .*test_materialize_kv.py.*: it is not causal",
-    ),
-    "a window": (
-        lambda m, x, mask, places: attend(m, x, is_causal=False, attn_mask=window(mask)),
-        r"attention .*k - q \+ 2 >= 0",
     ),
     "softcap": (
         lambda m, x, mask, places: x + (x @ x.mT).tanh().softmax(-1) @ x,
