@@ -9,10 +9,15 @@ from pathlib import Path
 import platformdirs
 import pytest
 import torch
+from effc.codegen.cpu import target
 from effc.codegen.cpu.target import available_isas, best_isa
 from effc.runtime import store
 
+from .kernel_workers import SANITIZERS
+
 TEST_CACHE = "EFFC_TEST_CACHE_DIR"
+SANITIZE = "EFFC_TEST_SANITIZE"
+"""Set by `make sanitize`, which preloads the sanitizers: every kernel that a test launches is compiled with them."""
 
 
 def pytest_configure() -> None:
@@ -20,6 +25,8 @@ def pytest_configure() -> None:
     folder = os.environ.get(TEST_CACHE) or platformdirs.user_cache_path("effc-tests", appauthor=False)
     os.environ["EFFC_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(Path(folder) / "triton")
+    if os.environ.get(SANITIZE):
+        target.COMMON_FLAGS += SANITIZERS
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Building and refusing: compilers that are missing or fail, the library cache, kernels the target does not take."""
 
 import ctypes
+import dataclasses
 import os
 import stat
 import subprocess
@@ -110,6 +111,25 @@ def test_compiler_error_is_the_first_error_line(tmp_path):
     one_line(error.value)
     assert not list(tmp_path.glob("*.so"))
     assert not list(tmp_path.glob(".build-*"))
+
+
+CRASHING = """#!/bin/sh
+case "$*" in
+  *-O1*) exec {cxx} "$@" ;;
+  *) echo "kernels.cpp:7:1: internal compiler error: in a loop pass" >&2; exit 1 ;;
+esac
+"""
+
+
+def test_a_compiler_that_crashes_is_tried_with_less_optimization(tmp_path, capsys):
+    target = host_target()
+    wrapper = tmp_path / "crashing"
+    wrapper.write_text(CRASHING.format(cxx=target.cxx))
+    wrapper.chmod(0o700)
+    body = PRELUDE + 'extern "C" __attribute__((visibility("default"))) int nine() { return 9; }\n'
+    library = build_library(body, dataclasses.replace(target, cxx=str(wrapper)), tmp_path)
+    assert "crashed and is tried with -O1: kernels.cpp:7:1: internal compiler error" in capsys.readouterr().err
+    assert ctypes.CDLL(str(library)).nine() == 9
 
 
 def test_library_is_built_once_and_the_folder_is_private(tmp_path):
