@@ -139,12 +139,15 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """Run a kernel over a grid. nodes: the graph's nodes that it stands for."""
+    """Run a kernel over a grid. nodes: the graph's nodes that it stands for. writes: the buffers that it writes to,
+    for small kernels that may share a launch (see `horizontal`).
+    """
 
     kernel: Kernel
     grid: tuple[sympy.Expr, ...]
     arguments: tuple[Pointer | sympy.Expr, ...]
     nodes: tuple[str, ...]
+    writes: tuple[Buffer, ...] | None = None
 
     @property
     def launches(self) -> tuple[Launch, ...]:

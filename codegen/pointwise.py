@@ -33,7 +33,7 @@ ONE, ZERO = sympy.Integer(1), sympy.Integer(0)
 MAX_COLUMNS = 16384
 """The longest row that a reduction holds in one tile."""
 
-RESERVED = frozenset({"row", "col", "row_mask", "col_mask", "tl", "triton", "float", *keyword.kwlist})
+RESERVED = frozenset({"row", "col", "row_mask", "col_mask", "program", "tl", "triton", "float", *keyword.kwlist})
 """Names that variables of a kernel must not take."""
 
 
@@ -122,6 +122,7 @@ class RowKernel:
         self.condition: list[str] = []
         self.reduces = False
         self.nodes: list[str] = []
+        self.writes = [store.layout.buffer for store in stores]
         static = self.domain.cols.is_Integer
         self.block_c = min(1 << (int(self.domain.cols) - 1).bit_length(), 1024) if static else 1024
         self.index = domain.index
@@ -367,7 +368,7 @@ class RowKernel:
         grid = (FloorDiv(rows + block_r - 1, block_r) if row_masked else ONE, grid_c, ONE)
         arguments = (*self.pointers.values(), *(self.size_symbols[p] for p in size_params))
         kernel = Kernel(name, source, tuple(signature), constants)
-        return Launch(kernel, grid, arguments, tuple(dict.fromkeys(self.nodes)))
+        return Launch(kernel, grid, arguments, tuple(dict.fromkeys(self.nodes)), tuple(self.writes))
 
 
 def conjunction(terms: list[str]) -> str:

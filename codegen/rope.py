@@ -116,6 +116,7 @@ def lower(scope: Scope, node: fx.Node, cache: Layout | None = None, past: Layout
             ROPE,
             (FloorDiv(rows + block_r - 1, block_r), Integer(1), Integer(1)),
             (node.name,),
+            writes=(out.buffer,),
             cached=cache is not None,
             interleaved=interleaved,
             pairs=pairs,

@@ -4,7 +4,7 @@
    each of its readers would cost more than a load. Every other pointwise node is inlined into its readers.
 2. Each realized pointwise node, each op with a template and each op without a kernel is one unit of a dependence
    graph. Pointwise units over the same domain merge where that makes no cycle.
-3. Units are lowered in topological order.
+3. Units are lowered in topological order; small launches that do not depend on each other share one (`horizontal`).
 
 A node that turns out to have no kernel is put aside with the reason, and the schedule is made again around it.
 """
@@ -20,6 +20,7 @@ from torch import fx
 from ..compiler.graph import Graph, dtype_of, is_tensor, size_expr, sizes
 from ..compiler.weights import Weight
 from . import linear, rope
+from .horizontal import merge_launches
 from .kernel import ZERO, Buffer, Fallback, Layout, Schedule, contiguous_strides
 from .pointwise import NoKernel, Store
 from .scope import Scope
@@ -69,8 +70,8 @@ def attempt(graph: Graph, target: Target, pack: bool, realized: set[fx.Node], re
     result = Schedule(graph.name, symbols=size_symbols(graph))
     place_placeholders(scope, result, pack)
     lower_units(scope, plan, merge_units(plan))
-    result.steps = scope.steps
     result.outputs = [scope.layout(node) for node in graph.outputs if is_tensor(node)]
+    result.steps = merge_launches(scope.steps)
     return Scheduled(result, scope.recipes, scope)
 
 

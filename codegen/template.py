@@ -12,7 +12,7 @@ import re
 import sympy
 from jinja2 import Environment, StrictUndefined, Template
 
-from .kernel import TRITON_TYPES, Kernel, Launch, Layout, Packed, Pointer
+from .kernel import TRITON_TYPES, Buffer, Kernel, Launch, Layout, Packed, Pointer
 
 ENVIRONMENT = Environment(
     undefined=StrictUndefined,
@@ -60,13 +60,14 @@ class Arguments:
         template: str,
         grid: tuple[sympy.Expr, ...],
         nodes: tuple[str, ...],
+        writes: tuple[Buffer, ...] | None = None,
         **values: object,
     ) -> Launch:
         source = parsed(template).render(name=name, header=self.header, **values).strip("\n") + "\n"
         signature = (*((n, kind) for n, kind, _ in self.pointers), *((n, "i32") for n, _ in self.sizes))
         kernel = Kernel(name, source, signature, tuple(self.constants))
         arguments = (*(pointer for _, _, pointer in self.pointers), *(expr for _, expr in self.sizes))
-        return Launch(kernel, grid, arguments, nodes)
+        return Launch(kernel, grid, arguments, nodes, writes)
 
 
 @functools.cache
