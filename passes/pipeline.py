@@ -7,11 +7,14 @@ print(report)
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..compiler.errors import InputError
 from ..compiler.files import refusals, write_atomically
@@ -29,6 +32,12 @@ from .fuse_norm import fuse_norm
 from .fuse_rope import fuse_rope
 from .materialize_kv import drop_padding, materialize_kv
 from .normalize import normalize
+
+if TYPE_CHECKING:
+    from ..compiler.equivalence import Checked
+
+VERIFY = "EFFC_VERIFY"
+"""Environment variable: 1 has every pass checked for what it computes."""
 
 Pass = Callable[[Graph], PassResult | Graph]
 """Mutates the graph it is given and says what it did, or returns another graph (its matches are the calls it added)."""
@@ -56,7 +65,10 @@ def cached(kind: str) -> tuple[Pass, ...]:
 
 @dataclass
 class Step:
-    """What one pass did. seconds: its own time, without verification and dumps. changes: calls that came or went."""
+    """What one pass did. seconds: its own time, without verification and dumps. changes: calls that came or went.
+
+    checked: what EFFC_VERIFY looked at, None where it is not set.
+    """
 
     name: str
     seconds: float
@@ -64,6 +76,7 @@ class Step:
     misses: list[Miss]
     changes: dict[str, int]
     nodes: int
+    checked: Checked | None = None
 
 
 @dataclass
@@ -91,6 +104,10 @@ class Report:
                 + show_differences(step.changes)
             )
         lines += [f"miss: {step.name}: {miss}" for step in self.steps for miss in step.misses]
+        for step in self.steps:
+            if step.checked is not None:
+                lines.append(f"verified: {step.name}: {step.checked.changes} distinct changes")
+                lines += [f"not verified: {step.name}: {what}" for what in step.checked.unchecked]
         return "\n".join(lines) + "\n"
 
 
@@ -105,8 +122,9 @@ def run(
     """A copy of `graph` after the passes, and what each did.
 
     passes: functions, or names of passes in `PASSES`. skip: names to leave out. verify: check the graph after each
-    pass. dump: a folder for the graph before and after each pass as numbered text files, with `index.txt`.
-    Raises InputError for a name that no pass has, VerificationError where a pass leaves a broken graph.
+    pass; with EFFC_VERIFY=1 in the environment, also that every value is what it was (`compiler/equivalence.py`).
+    dump: a folder for the graph before and after each pass as numbered text files, with `index.txt`.
+    Raises InputError for a name that no pass has, VerificationError where a pass leaves a broken or another graph.
     """
     passes = [find(item) for item in passes]
     skipped = set(skip)
@@ -117,15 +135,17 @@ def run(
     for function in passes:
         if name_of(function) in skipped:
             continue
-        graph, step = run_pass(graph, function, verify)
+        graph, step = run_pass(graph, function, verify, dump)
         report.steps.append(step)
         if dumps:
             dumps.add(graph, step, report)
     return graph, report
 
 
-def run_pass(graph: Graph, function: Pass, verify: bool) -> tuple[Graph, Step]:
+def run_pass(graph: Graph, function: Pass, verify: bool, folder: Path | None = None) -> tuple[Graph, Step]:
+    """The graph after one pass, and what that did. folder: for what shows a wrong value, a temporary one if None."""
     before = count_ops(graph)
+    original = graph.copy() if verify and os.environ.get(VERIFY, "0") not in ("", "0") else None
     start = time.perf_counter()
     result = function(graph)
     seconds = time.perf_counter() - start
@@ -140,8 +160,16 @@ def run_pass(graph: Graph, function: Pass, verify: bool) -> tuple[Graph, Step]:
             verify_graph(graph)
         except VerificationError as error:
             raise VerificationError(f"after {name_of(function)}: {error}") from error
-    step = Step(name_of(function), seconds, result.matches, result.misses, changes, sum(after.values()))
+    checked = None if original is None else check_values(original, graph, name_of(function), folder)
+    step = Step(name_of(function), seconds, result.matches, result.misses, changes, sum(after.values()), checked)
     return graph, step
+
+
+def check_values(before: Graph, after: Graph, name: str, folder: Path | None) -> Checked:
+    """Hold a pass to keeping every value; see `compiler/equivalence.py`."""
+    from ..compiler.equivalence import check
+
+    return check(before, after, name, folder or Path(tempfile.gettempdir()) / "effc-verify")
 
 
 def find(item: Pass | str) -> Pass:
