@@ -2,11 +2,12 @@
 
     attention(q, k, v, scale, causal=True, key_mask=attention_mask)
 
-        -->  cached_attention(q, kv_write(k_cache_i, k, past), kv_write(v_cache_i, v, past), past, scale, key_mask)
+        -->  cached_attention(q, kv_write(k_cache_i, k, past), kv_write(v_cache_i, v, past), past, scale,
+                              visible="k >= t0[b]", tables=[padding])
 
-New inputs: past [B] int64, the slots that each row has filled in the cache; key_mask [B, T] bool where the graph hides
-padding, and padding [B] int64, how many of a row's first slots hold it, where the graph counts what is visible. New
-states: k_cache_i and v_cache_i [B, G, T, D], whose capacity T is symbolic. What counts tokens goes on from `past`
+New inputs: past [B] int64, the slots that each row has filled in the cache; padding [B] int64, how many of its first
+slots hold padding, where the graph hides or counts it. New states: k_cache_i and v_cache_i [B, G, T, D], whose capacity
+T is symbolic. Masks and biases are put in terms of slots (`cached_scores`), and what counts tokens goes on from `past`
 (`count_tokens`). `extend` gives logits at every new token [B, S, V]; `prefill` at the last one only [B, 1, V]; `decode`
 is `extend` with S = 1.
 """
@@ -24,6 +25,7 @@ from ..compiler.errors import InputError, ModelError
 from ..compiler.graph import Graph, dtype_of, size_expr, sizes
 from ..compiler.pattern import arguments
 from ..compiler.rewrite import fake_mode, insert, insert_named, replace
+from .cached_scores import cached_scores
 from .cleanup import cleanup
 from .count_tokens import ARANGES, PADDING, TOKENS, NotOffset, TokenCounts
 from .fuse_attention import fuse_attention
@@ -113,13 +115,16 @@ def token_count(graph: Graph) -> sympy.Symbol:
 
 def add_cache(graph: Graph, length: sympy.Symbol) -> None:
     """Let every attention write its keys and values to a cache, and read all that is in it."""
-    attentions = [node for node in graph.nodes if node.target == effc.attention.default]
     batch, capacity = graph.placeholder(TOKENS).meta["val"].shape[0], new_size(graph)
     past = add_placeholder(graph, "past", (batch,), torch.int64)
-    key_mask = add_key_mask(graph, attentions, batch, capacity)
+
+    def padding() -> fx.Node:
+        known = "padding" in graph.inputs
+        return graph.placeholder("padding") if known else add_placeholder(graph, "padding", (batch,), torch.int64)
+
     written: dict[fx.Node, fx.Node] = {}
     layers = 0
-    for node in attentions:
+    for node in [node for node in graph.nodes if node.target == effc.attention.default]:
         named = arguments(node)
         fresh = [letter for letter in "kv" if named[letter] not in written]
         for letter in fresh:
@@ -129,33 +134,13 @@ def add_cache(graph: Graph, length: sympy.Symbol) -> None:
             graph.states += (cache.name,)
             written[new] = insert(graph, node, effc.kv_write.default, cache, new, past)
         layers += bool(fresh)
-        named |= {letter: written[named[letter]] for letter in "kv"}
-        named |= {"k_cache": named.pop("k"), "v_cache": named.pop("v"), "past": past}
-        named["key_mask"] = key_mask if named["key_mask"] is not None else None
-        del named["causal"], named["mask"]
+        caches = {f"{letter}_cache": written[named[letter]] for letter in "kv"}
+        named |= {**cached_scores(graph, named, length, padding), **caches, "past": past, "key_mask": None}
         replace(graph, node, insert_named(graph, node, effc.cached_attention.default, named))
-    count_from_cache(graph, length, past)
-
-
-def count_from_cache(graph: Graph, length: sympy.Symbol, past: fx.Node) -> None:
-    def padding() -> fx.Node:
-        if "padding" in graph.inputs:
-            return graph.placeholder("padding")
-        return add_placeholder(graph, "padding", tuple(past.meta["val"].shape), torch.int64)
-
     try:
         TokenCounts(graph, length, past, padding).rewrite()
     except NotOffset as reason:
         raise refused(graph, reason.node, str(reason)) from None
-
-
-def add_key_mask(graph: Graph, attentions: list[fx.Node], batch: Any, capacity: Any) -> fx.Node | None:
-    """The input key_mask [B, T], if an attention has a key mask (which is the graph's attention mask then)."""
-    masked = [node for node in attentions if arguments(node)["key_mask"] is not None]
-    for node in masked:
-        if arguments(node)["key_mask"].name != PADDING:
-            raise refused(graph, node, f"its key mask is not the input {PADDING}")
-    return add_placeholder(graph, "key_mask", (batch, capacity), torch.bool) if masked else None
 
 
 def add_placeholder(graph: Graph, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:

@@ -22,7 +22,8 @@ from ..compiler.graph import Graph, is_tensor, size_expr, sizes
 from ..compiler.index_values import reshape_groups
 from ..compiler.pattern import arguments
 from ..compiler.rewrite import source_line
-from .count_tokens import counts_tokens, running_count, slices_table
+from .cached_scores import table_refusal
+from .count_tokens import PADDING, counts_tokens, running_count, slices_table
 
 aten = torch.ops.aten
 effc = torch.ops.effc
@@ -247,7 +248,9 @@ def attention(axis: TokenAxis, node: fx.Node) -> str | None:
         return "it has a mask that is not known to be causal or padding"
     if not named["causal"]:
         return "it is not causal: a token sees those behind it"
-    return None
+    if named["key_mask"] is not None and named["key_mask"].name != PADDING:
+        return f"its key mask is not the input {PADDING}"
+    return table_refusal(axis.graph, named["tables"], axis.length)
 
 
 def made_of_size(axis: TokenAxis, node: fx.Node) -> str | None:

@@ -40,8 +40,6 @@ class Runnable(Protocol):
 def run_cached(program: Runnable, kind: str, input_ids: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
     """Run a cached graph on the next tokens of every row and count them: [B, S] -> logits [B, S or 1, V]."""
     inputs = {"input_ids": input_ids, "position_ids": position_ids, "past": cache.past, "padding": cache.padding}
-    if cache.key_mask is not None:
-        inputs["key_mask"] = cache.key_mask
     logits = program.run(kind, inputs, cache.states, cache.padded)
     cache.advance(input_ids.shape[1])
     return logits

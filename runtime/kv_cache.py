@@ -26,15 +26,15 @@ class KVCache:
     """Buffers of one batch and what they hold.
 
     states: name -> [B, G, T, D], updated in place by a run. past [B] int64: slots filled in each row, updated in
-    place. padding [B] int64: how many of them, at the left, are padding. key_mask [B, T] bool: false at padding;
-    None if the batch has no padding. length: the largest `past`, kept on the host.
+    place. padding [B] int64: how many of them, at the left, are padding; padded: whether any is. length: the largest
+    `past`, kept on the host.
     """
 
     states: dict[str, Tensor]
     past: Tensor
     padding: Tensor
     capacity: int
-    key_mask: Tensor | None = None
+    padded: bool = False
     length: int = 0
 
     @classmethod
@@ -53,10 +53,6 @@ class KVCache:
     def batch(self) -> int:
         return len(self.past)
 
-    @property
-    def padded(self) -> bool:
-        return self.key_mask is not None
-
     def fits(self, batch: int, capacity: int, device: torch.device | str) -> bool:
         """Whether these buffers can serve another call of that size."""
         here = torch.empty(0, device=device).device  # "cuda" names the current one of several
@@ -66,7 +62,7 @@ class KVCache:
         """Forget every token; the buffers stay."""
         self.past.zero_()
         self.padding.zero_()
-        self.key_mask = None
+        self.padded = False
         self.length = 0
 
     def require(self, new: int) -> None:
@@ -80,8 +76,7 @@ class KVCache:
     def pad(self, attention_mask: Tensor) -> None:
         """Take the left padding of a prompt from attention_mask [B, S] (zeros, then ones); the cache must be empty."""
         self.padding.copy_((attention_mask == 0).sum(-1))
-        slots = torch.arange(self.capacity, device=self.past.device)
-        self.key_mask = slots >= self.padding[:, None]
+        self.padded = True
 
     def positions(self, new: int) -> Tensor:
         """Position ids [B, new] of the next `new` slots; padding has position 0."""

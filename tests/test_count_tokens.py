@@ -84,7 +84,7 @@ PADDED = {
 def test_counts_of_what_is_visible_know_the_padding(name):
     model, graph = compiled(PADDED[name])
     graphs = graphs_of(graph)
-    assert graphs["decode"].inputs == ["input_ids", "position_ids", "past", "key_mask", "padding"]
+    assert graphs["decode"].inputs == ["input_ids", "position_ids", "past", "padding"]
     agree(model, graph, graphs, padding=True)
     bare = drop_padding(graph)
     agree(model, bare, graphs_of(bare), padding=False)

@@ -22,8 +22,8 @@ def test_positions_skip_left_padding():
     cache = KVCache.allocate(LAYOUT, 2, 8)
     cache.pad(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
     assert cache.positions(4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-    assert cache.key_mask[:, :5].tolist() == [[False, False, True, True, True], [True] * 5]
-    assert cache.key_mask.shape == (2, cache.capacity)
+    assert cache.padded
+    assert cache.padding.tolist() == [2, 0]
     cache.advance(4)
     assert cache.next_position().tolist() == [[2], [4]] == cache.positions(1).tolist()
 

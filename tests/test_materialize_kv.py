@@ -54,8 +54,6 @@ class Session:
 
     def __init__(self, model: nn.Module, graphs: dict[str, Graph], inputs: dict[str, Tensor]) -> None:
         self.source, self.graphs, self.inputs = ModuleSource(model), graphs, inputs
-        self.key_mask = torch.zeros(B, CAPACITY, dtype=torch.bool)
-        self.key_mask[:, :LENGTH] = inputs["attention_mask"].bool()
         self.states = {}
         for name in graphs["extend"].states:
             cache = graphs["extend"].placeholder(name)
@@ -67,7 +65,7 @@ class Session:
         graph = self.graphs[kind]
         given = {name: value[:, first:end] for name, value in self.inputs.items()}
         padding = (self.inputs["attention_mask"] == 0).sum(-1)
-        given |= {"past": torch.full((B,), first), "key_mask": self.key_mask, "padding": padding}
+        given |= {"past": torch.full((B,), first), "padding": padding}
         (logits,) = run(graph, {name: given[name] for name in graph.inputs}, self.source, self.states)
         return logits
 
@@ -112,7 +110,7 @@ def test_cached_runs_equal_forward(family, padding):
         assert stateful.count(effc.cached_attention.default) == 2
         assert stateful.count(effc.kv_write.default) == len(stateful.states) == 4
         assert stateful.count(effc.attention.default) == 0
-        assert stateful.inputs == ["input_ids", "position_ids", "past", *["key_mask"] * padding]
+        assert stateful.inputs == ["input_ids", "position_ids", "past", *["padding"] * padding]
     agree(model, graph, graphs, padding)
 
 
@@ -155,7 +153,7 @@ def test_states_are_named_by_layer_with_a_symbolic_capacity():
     ((b, heads, capacity, size),) = shapes
     assert (b, heads, size) == (batch, 2, 8)
     assert capacity.is_Symbol
-    assert sizes(materialize_kv(fused("Llama")[1], "extend").placeholder("key_mask"))[0] == batch
+    assert sizes(materialize_kv(fused("Llama")[1], "extend").placeholder("padding")) == (batch,)
 
 
 # --- padding -------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class TinyProgram:
 
     @torch.no_grad()
     def run(self, kind: str, inputs: dict[str, Tensor], states: dict[str, Tensor], padded: bool) -> Tensor:
-        assert padded == ("key_mask" in inputs)
+        assert padded == bool(inputs["padding"].any())
         assert kind != "decode" or inputs["input_ids"].shape[1] == 1
         self.calls.append((kind, tuple(inputs["input_ids"].shape)))
         body = self.model.model
@@ -90,7 +90,7 @@ class TinyProgram:
         past = inputs["past"]
         k = effc_ops.kv_write(states[f"k_cache_{index}"], k, past)
         v = effc_ops.kv_write(states[f"v_cache_{index}"], v, past)
-        y = effc_ops.cached_attention(q, k, v, past, size**-0.5, inputs.get("key_mask"))
+        y = effc_ops.cached_attention(q, k, v, past, size**-0.5, visible="k >= t0[b]", tables=[inputs["padding"]])
         return projections.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
 

@@ -1,0 +1,101 @@
+"""Which keys a query sees and what is added to its scores, in terms of slots of the cache.
+
+Query and key indices are slots in both graphs, so causality, windows and expressions over q and k stay as they are.
+What reads the tokens of the call is put in terms of `padding` [B], how many of a row's first slots hold padding:
+
+    key_mask=attention_mask         -->  visible="k >= t0[b]", tables=[padding]
+    t1[b, k], t1 = attention_mask   -->  where(k >= t0[b], 1, 0)
+    t1[b, k], t1 = cumsum(mask)     -->  maximum(k + 1 - t0[b], 0)
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+from torch import fx
+
+from ..compiler.graph import Graph, sizes
+from ..compiler.index_expressions import parse, table_number
+from ..compiler.pattern import CASTS
+from .count_tokens import PADDING, running_count
+
+VISIBLE = "{slot} >= t{padding}[b]"
+IS_VISIBLE = "where({slot} >= t{padding}[b], 1, 0)"
+VISIBLE_SO_FAR = "maximum({slot} + 1 - t{padding}[b], 0)"
+
+
+def slot_form(graph: Graph, table: fx.Node, length: sympy.Symbol) -> str | None:
+    """What an element (b, slot) of a table of tokens [B, S] is, given the padding; None if that is not known."""
+    if sizes(table)[1:] != (length,):
+        return None
+    source = table
+    while source.target in CASTS:
+        source = source.args[0]
+    if source.name == PADDING:
+        return IS_VISIBLE
+    if "cumsum" in str(source.target) and isinstance(running_count(graph, source, length), fx.Node):
+        return VISIBLE_SO_FAR
+    return None
+
+
+def reads_tokens(table: fx.Node, length: sympy.Symbol) -> bool:
+    return any(size.has(length) for size in sizes(table))
+
+
+def table_refusal(graph: Graph, tables: Sequence[fx.Node] | None, length: sympy.Symbol) -> str | None:
+    """Why attention with these tables cannot be continued from a cache, or None."""
+    for table in tables or ():
+        if reads_tokens(table, length) and slot_form(graph, table, length) is None:
+            return (
+                f"which keys it sees, or its bias, depends on {table.name} {list(sizes(table))}, a table of the tokens"
+                " that is neither their number nor what is visible (documents packed in a row?)"
+            )
+    return None
+
+
+def cached_scores(
+    graph: Graph, named: dict[str, Any], length: sympy.Symbol, padding: Callable[[], fx.Node]
+) -> dict[str, Any]:
+    """The arguments `visible`, `bias` and `tables` of cached attention, from those of attention by name.
+
+    padding: gives the input [B]; it is asked for only where it is read.
+    """
+    tables = list(named["tables"] or ())
+    forms = {
+        number: form
+        for number, table in enumerate(tables)
+        if reads_tokens(table, length) and (form := slot_form(graph, table, length)) is not None
+    }
+    texts = {name: named[name] for name in ("visible", "bias")}
+    if not forms and named["key_mask"] is None:
+        return {**texts, "tables": named["tables"]}
+    kept = [number for number in range(len(tables)) if number not in forms]
+    numbers = {number: place for place, number in enumerate(kept)}
+    place = len(kept)
+    rewritten = {name: None if text is None else in_slots(text, forms, numbers, place) for name, text in texts.items()}
+    if named["key_mask"] is not None:
+        shown = VISIBLE.format(slot="k", padding=place)
+        rewritten["visible"] = shown if texts["visible"] is None else f"({rewritten['visible']}) & ({shown})"
+    return {**rewritten, "tables": [*(tables[number] for number in kept), padding()]}
+
+
+def in_slots(text: str, forms: dict[int, str], numbers: dict[int, int], padding: int) -> str:
+    """An expression whose tables in `forms` are replaced, and whose other tables are numbered anew."""
+
+    class InSlots(ast.NodeTransformer):
+        def visit_Subscript(self, tree: ast.Subscript) -> ast.expr:
+            number = table_number(tree)
+            tree = self.generic_visit(tree)
+            if number in forms:
+                slot = ast.unparse(tree.slice.elts[1])
+                return parse(forms[number].format(slot=f"({slot})", padding=padding))
+            name = ast.Name(f"t{numbers[number]}", ast.Load())
+            return ast.Subscript(name, tree.slice, ast.Load())
+
+        def visit_Name(self, tree: ast.Name) -> ast.Name:
+            return tree
+
+    return ast.unparse(InSlots().visit(ast.parse(text, mode="eval").body))
