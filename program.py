@@ -282,7 +282,9 @@ def program_config(model: LoadedModel, decode_graph: Graph) -> ProgramConfig:
     (logits,) = decode_graph.outputs
     return ProgramConfig(
         vocab_size=int(sizes(logits)[-1]),
-        max_position=getattr(config, "max_position_embeddings", None),
+        max_position=min(
+            filter(None, (getattr(config, "max_position_embeddings", None), decode_graph.max_length)), default=None
+        ),
         eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
         cache_layout=tuple(layout),
         inputs=tuple(decode_graph.inputs),

@@ -30,6 +30,7 @@ class Graph:
     dialect: which of `DIALECTS` its operations come from; `verify` holds it.
     weights: placeholder name -> recipe. states: names of the placeholders that a run updates in place.
     notes: what passes want a reader to know (near-misses, refusals), in order.
+    max_length: the most tokens per row that the graph computes rightly, where the model bounds them.
     """
 
     module: fx.GraphModule
@@ -38,6 +39,7 @@ class Graph:
     weights: dict[str, Weight] = field(default_factory=dict)
     states: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    max_length: int | None = None
 
     @property
     def fx(self) -> fx.Graph:
@@ -68,6 +70,14 @@ class Graph:
             if node.name == name:
                 return node
         raise KeyError(f"graph {self.name!r} has no placeholder {name!r}")
+
+    def limit_length(self, length: int, reason: str) -> None:
+        """Bound the tokens per row, and say why."""
+        if self.max_length is None or length < self.max_length:
+            self.max_length = length
+        note = f"texts may have at most {length} tokens: {reason}"
+        if note not in self.notes:
+            self.notes.append(note)
 
     def copy(self, **changes: Any) -> Graph:
         """A copy whose nodes can be rewritten without touching this graph. Fake tensors and recipes are shared."""

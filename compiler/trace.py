@@ -10,9 +10,10 @@ the like are still one node each.
 from __future__ import annotations
 
 import inspect
+import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -20,14 +21,24 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from .branches import bound_by_branches
 from .errors import InputError, ModelError
-from .graph import Graph
+from .graph import Graph, size_expr
 from .weights import Cast, Constant, Read, TensorSource, Weight
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """What a causal language model is given; each [B, S] int64. Those that its `forward` accepts become inputs."""
 
+POSITIONS: dict[str, Callable[[int], Tensor]] = {
+    "attention_mask": lambda length: torch.ones(1, length, dtype=torch.int64),
+    "position_ids": lambda length: torch.arange(length)[None],
+}
+"""The inputs that say where tokens stand: of one row without padding, by its length."""
+
 KEPT_META = ("val", "stack_trace", "nn_module_stack")
+
+Bounds = dict[str, dict[str, int]]
+"""Size (B or S) -> "min" and "max"."""
 
 EXAMPLE_SIZES = (2, 8)
 """Batch and length of the example that is traced; 0 and 1 would be taken for constants."""
@@ -39,7 +50,8 @@ def trace(model: Any, *, name: str = "forward") -> Graph:
     model: an `nn.Module` (transformers or not) whose `forward` takes `input_ids`, or a loaded model, whose
     parameters may be on the meta device. Inputs: those of `INPUTS` that `forward` accepts, [B, S] with B and S
     symbolic. Output: logits [B, S, V]. Weights are `Read` recipes by state dict name; tied weights are one
-    placeholder. Buffers are `Constant` recipes. Bounds that the trace derives on B and S are in `notes`.
+    placeholder. Buffers are `Constant` recipes. Where a table or a branch of the model bounds S, that is the graph's
+    `max_length`, with the reason in `notes`.
 
     Raises InputError for a model in training mode, ModelError for one that cannot be traced.
     """
@@ -51,7 +63,10 @@ def trace(model: Any, *, name: str = "forward") -> Graph:
     names = _canonical_names(module)
     with torch.no_grad(), _fake_parameters(module), _quiet():
         program = _export_with_some_attention(module, inputs)
-    return _to_graph(program, name, iter(inputs), names, source)
+    graph = _to_graph(program, name, iter(inputs), names, source)
+    _bound_length(graph, program)
+    bound_by_branches(graph, {name: POSITIONS[name] for name in inputs if name in POSITIONS})
+    return graph
 
 
 class _Logits(nn.Module):
@@ -138,25 +153,38 @@ def _export_with_some_attention(module: nn.Module, inputs: dict[str, Tensor]) ->
 
 
 def _export(module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
-    """Export with batch and length symbolic; where the model bounds them, once more with the bounds it derives."""
+    """Export with batch and length symbolic; where the model bounds them, once more with the bounds it derives.
+
+    Where the model branches on the values of its inputs, once more along the branches that the example takes.
+    """
     from torch._dynamo.exc import UserError
+    from torch._functorch import config
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     wrapper = _Logits(module, inputs).eval()
 
-    def export(**bounds: Any) -> ExportedProgram:
+    def export(bounds: Bounds, follow_values: bool) -> ExportedProgram:
         batch, length = (Dim(name, **{"min": 1, **bounds.get(name, {})}) for name in ("B", "S"))
         sizes = ({0: batch, 1: length},) * len(inputs)
-        program = torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=(sizes,), strict=False)
-        return program if _is_functional(program.graph) else program.run_decompositions({})
+        with config.patch(fake_tensor_propagate_real_tensors=follow_values):
+            program = torch.export.export(wrapper, tuple(inputs.values()), dynamic_shapes=(sizes,), strict=False)
+            return program if _is_functional(program.graph) else program.run_decompositions({})
 
+    bounds: Bounds = {}
+    follow_values = False
     try:
-        try:
-            return export()
-        except UserError as error:
-            bounds = _suggested_bounds(str(error))
-            if not bounds:
-                raise
-            return export(**bounds)
+        while True:
+            try:
+                return export(bounds, follow_values)
+            except GuardOnDataDependentSymNode:
+                if follow_values:
+                    raise
+                follow_values = True
+            except UserError as error:
+                tighter = _tighter_bounds(bounds, str(error))
+                if tighter == bounds:
+                    raise
+                bounds = tighter
     except Exception as error:
         raise ModelError(_refusal(module, error)) from error
 
@@ -171,7 +199,7 @@ def _is_functional(nodes: fx.Graph) -> bool:
     return True
 
 
-def _suggested_bounds(message: str) -> dict[str, dict[str, int]]:
+def _tighter_bounds(bounds: Bounds, message: str) -> Bounds:
     """What the exporter asks for: `S = Dim('S', min=2, max=128)` --> {"S": {"min": 2, "max": 128}}
 
     Where the largest size takes a branch of its own (`!= 128`: it needs no slice of a table), that size is left out.
@@ -179,11 +207,15 @@ def _suggested_bounds(message: str) -> dict[str, dict[str, int]]:
     _, _, fixes = message.partition("Suggested fixes:")
     found = re.findall(r"(\w+) = Dim\('\w+'((?:, (?:min|max)=\d+)*)\)", fixes)
     unequal = {int(size) for size in re.findall(r"!= (\d+)", message)}
-    bounds = {}
+    bounds = {name: dict(limits) for name, limits in bounds.items()}
     for name, options in found:
         bounds[name] = {key: int(value) for key, value in re.findall(r"(min|max)=(\d+)", options)}
         if bounds[name].get("max") in unequal:
             bounds[name]["max"] -= 1
+    if not found and unequal:  # `128*S != 16384`: a product of the largest size with another
+        for limits in bounds.values():
+            if any(size % limits.get("max", size + 1) == 0 for size in unequal):
+                limits["max"] -= 1
     return bounds
 
 
@@ -198,18 +230,25 @@ def _refusal(module: nn.Module, error: Exception) -> str:
     return f"{type(module).__name__} cannot be traced with a symbolic batch and length: {reason}"
 
 
+NOISY = ("transformers", "torch._subclasses", "torch.export", "torch.fx.experimental.symbolic_shapes")
+"""Loggers with warnings that a user can do nothing about."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within: no warnings from PyTorch's and transformers' internals that a user can do nothing about."""
+    """Within: no warnings from PyTorch's and transformers' internals.
+
+    (A failing export prints the graph it has so far to stderr.)
+    """
     import logging
     import warnings
 
-    loggers = [logging.getLogger(name) for name in ("transformers", "torch._subclasses", "torch.export")]
+    loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -241,7 +280,7 @@ def _to_graph(
     for node in nodes.nodes:
         node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
     module = fx.GraphModule(program.graph_module, nodes)
-    return Graph(module, name=name, weights=weights, notes=_bounds(program))
+    return Graph(module, name=name, weights=weights)
 
 
 def rename_placeholder(placeholder: fx.Node, name: str) -> None:
@@ -267,12 +306,11 @@ def _recipe(program: ExportedProgram, node: fx.Node, target: str, name: str, sou
     return Constant.of(tensor)
 
 
-def _bounds(program: ExportedProgram) -> list[str]:
-    """What the trace found out about the symbolic sizes beyond `>= 1`."""
+def _bound_length(graph: Graph, program: ExportedProgram) -> None:
+    """Pass on what the trace found out about S."""
     from torch.utils._sympy.numbers import int_oo
 
-    return [
-        f"size {symbol} is bounded by the model: {bounds.lower} to {bounds.upper}"
-        for symbol, bounds in program.range_constraints.items()
-        if bounds.lower > 2 or bounds.upper < int_oo
-    ]
+    length = size_expr(graph.placeholder(INPUTS[0]).meta["val"].shape[1])
+    bounds = program.range_constraints.get(length)
+    if bounds is not None and bounds.upper < int_oo:
+        graph.limit_length(int(bounds.upper), "a table of the model ends there")

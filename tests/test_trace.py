@@ -116,3 +116,43 @@ def test_a_model_that_returns_a_tensor_and_knows_no_cache():
     ids = torch.tensor([[1, 2, 3]])
     (logits,) = run(graph, {"input_ids": ids}, ModuleSource(model))
     assert torch.equal(logits, model(ids))
+
+
+class Branching(nn.Module):
+    """Adds a row to every embedding, another one where a condition on the inputs holds."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.table = nn.Embedding(10, 10)
+        self.rows = nn.Parameter(torch.randn(2, 10))
+        self.condition = condition
+
+    def forward(self, input_ids, position_ids):
+        return self.table(input_ids) + self.rows[1 if self.condition(input_ids, position_ids) else 0]
+
+
+def test_a_branch_on_positions_bounds_the_length():
+    model = Branching(lambda ids, places: places.max() + 1 > 12).eval()
+    graph = trace(model)
+    verify(graph)
+    assert graph.max_length == 12
+    assert [note for note in graph.notes if "at most 12 tokens" in note and "test_trace.py" in note]
+    ids = torch.arange(10)[None]
+    (logits,) = run(graph, {"input_ids": ids, "position_ids": ids}, ModuleSource(model))
+    assert torch.equal(logits, model(ids, ids))
+
+
+def test_a_branch_that_every_length_takes_alike_bounds_nothing():
+    assert trace(Branching(lambda ids, places: places.min() > 0).eval()).max_length is None
+
+
+@pytest.mark.parametrize(
+    ("condition", "reason"),
+    [
+        (lambda ids, places: ids.max() > 5, "it depends on input_ids"),
+        (lambda ids, places: places.max() < 4, "one token alone takes another branch"),
+    ],
+)
+def test_a_branch_that_no_length_decides_is_refused(condition, reason):
+    with pytest.raises(ModelError, match=rf"a branch on values at test_trace\.py:\d+.*: {reason}"):
+        trace(Branching(condition).eval())
