@@ -35,6 +35,7 @@ RUNS = {
     "test_cpu_target.py::test_loops_branches_and_while_with_results": "range where",
     "test_cpu_matmul.py::test_carried_pointers_and_wrapped_indices": "dot num_programs zeros",
     "test_cpu_matmul.py::test_flash_attention": "full",
+    "test_cpu_dot_scaled.py::test_products_of_scaled_blocks": "dot_scaled",
     "test_cpu_reduce.py::test_welford_merges_three_results": "reduce",
     "test_cpu_reduce.py::test_reductions_of_all_axes_and_kept_dimensions": "reduce_or",
     "test_cpu_reduce.py::test_scans_of_tuples_both_ways": "associative_scan cumprod",
@@ -58,7 +59,6 @@ RUNS = {
 }
 REFUSED = {  # name: why
     "inline_asm_elementwise": "PTX",
-    "dot_scaled": "block formats of tensor cores; scale by hand and use dot",
     "atomic_poll": "waits for programs that may not have begun",
 }
 NO_OPERATION = {

@@ -145,16 +145,3 @@ def assembly_kernel(x_ptr):
 def test_inline_assembly_is_refused_with_its_line():
     with pytest.raises(UnsupportedKernel, match=r"test_cpu_random.py:\d+: tt.elementwise_inline_asm"):
         lower(assembly_kernel, {"x_ptr": "*i32"}, {})
-
-
-@triton.jit
-def scaled_kernel(a_ptr, s_ptr, out_ptr):
-    i = tl.arange(0, 64)
-    a = tl.load(a_ptr + i[:, None] * 64 + i[None, :])
-    s = tl.load(s_ptr + i[:, None] * 2 + tl.arange(0, 2)[None, :])
-    tl.store(out_ptr + i[:, None] * 64 + i[None, :], tl.dot_scaled(a, s, "e5m2", a, s, "e5m2"))
-
-
-def test_products_of_scaled_blocks_are_refused_with_their_line():
-    with pytest.raises(UnsupportedKernel, match=r"test_cpu_random.py:\d+: tt.dot_scaled"):
-        lower(scaled_kernel, {"a_ptr": "*u8", "s_ptr": "*u8", "out_ptr": "*fp32"}, {})

@@ -6,10 +6,12 @@ A tensor of pointers or integers that a loop only advances by the same amount ev
 form stays known.
 
     dot(a, b, c): f16                      -->    truncf(dot(a, b, extf(c)): f32)
+    dot_scaled(a, s, b, t, c)              -->    dot(a * 2^(s - 127), b * 2^(t - 127), c)   (`scaled`)
 """
 
 from .builder import Builder, replace_uses
 from .ir import Block, Function, Op, Type, Value
+from .scaled import unscale
 
 
 def normalize(function: Function) -> None:
@@ -28,6 +30,8 @@ def visit(block: Block, builder: Builder, body: Block) -> None:
                 advance(block, op, k, builder)
         elif op.name == "tt.dot" and op.result.type.element == "f16":
             widen(block, op, builder, body)
+        elif op.name == "tt.dot_scaled":
+            unscale(block, op, builder, body)
 
 
 def widen(block: Block, dot: Op, builder: Builder, body: Block) -> None:

@@ -307,7 +307,8 @@ class Parser:
         head, tail = (body[:colon], body[colon + 3 :]) if colon >= 0 else (body, "")
         plain_head = re.sub(r"\{.*\}|<\{.*\}>", "", head)
         op.operands = [self.lookup(name) for name in OPERAND.findall(plain_head)]
-        op.attrs["words"] = re.findall(r"[A-Za-z_]\w*", OPERAND.sub("", plain_head))
+        op.attrs["template"] = OPERAND.sub("%", plain_head)
+        op.attrs["words"] = re.findall(r"[A-Za-z_]\w*", op.attrs["template"])
         if braces := re.search(r"\{(.*)\}", head):
             for key, value in re.findall(r"([\w.]+) = (array<i\d+(?:: [^>]*)?>|\"[^\"]*\"|[-\w.]+)", braces[1]):
                 op.attrs[key] = parse_attribute(value)
