@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .codegen.fusion_cost import summary
 from .compiler.files import refusals, write_atomically
 from .compiler.rewrite import Miss, source_line
 
@@ -43,7 +44,7 @@ class MissingKernel:
 
 @dataclass(frozen=True)
 class GraphExplanation:
-    """One graph: what passes matched and nearly matched, its kernels, and what has none."""
+    """One graph: what passes matched and nearly matched, its kernels, what has none, and what shares one, or not."""
 
     name: str
     passes: tuple[tuple[str, int, float], ...]
@@ -53,6 +54,7 @@ class GraphExplanation:
     segments: int
     missing: tuple[MissingKernel, ...]
     notes: tuple[str, ...]
+    fusion: tuple[str, ...] = ()
 
     @classmethod
     def refused(cls, name: str, reason: str) -> GraphExplanation:
@@ -69,6 +71,7 @@ class GraphExplanation:
             lines.append(f"  {kernel.launches:4} x {kernel.name:40} {shortened(kernel.stands_for)}")
         for missing in self.missing:
             lines.append(f"  through ATen: {missing.node} = {missing.op}: {missing.reason}  {missing.source}".rstrip())
+        lines += [f"  fusion: {decision}" for decision in self.fusion]
         lines += [f"  near miss: {miss}" for miss in self.misses]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -116,6 +119,7 @@ def explain_graph(scheduled: Scheduled, steps: Iterable[Step], notes: Iterable[s
         segments=len(schedule.fallbacks) + 1,
         missing=missing,
         notes=tuple(notes),
+        fusion=tuple(summary(scheduled.decisions)),
     )
 
 

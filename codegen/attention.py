@@ -248,7 +248,7 @@ def lower_split(scope: Scope, attention: Attention) -> None:
             ("total", (per_split,)),
             ("partial", (per_split, sympy.Integer(attention.value_size))),
         )
-        for buffer in (scope.temporary(f"{attention.node.name}_{name}", sympy.prod(shape), torch.float32),)
+        for buffer in (scope.temporary(f"{attention.node.name}.{name}", sympy.prod(shape), torch.float32),)
     }
     scope.add(split(attention, scratch))
     arguments = Arguments()

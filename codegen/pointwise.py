@@ -92,10 +92,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Store:
-    """Write the value of `node` to `layout`, at another place on one axis if there is a `slot`."""
+    """Write the value of `node` to `layout`, at another place on one axis if there is a `slot`.
+
+    Without a layout the value is only computed, for later stores.
+    """
 
     node: fx.Node
-    layout: Layout
+    layout: Layout | None
     slot: Slot | None = None
 
 
@@ -106,8 +109,11 @@ class RowKernel:
         self.domain = domain
         self.layouts = layouts
         self.made_here = {
-            store.node for store in stores if layouts.get(store.node, store.layout).buffer == store.layout.buffer
+            store.node
+            for store in stores
+            if store.layout is None or layouts.get(store.node, store.layout).buffer == store.layout.buffer
         }
+        self.single = sum(store.layout is not None for store in stores) == 1
         self.names = names
         self.loads: list[str] = []
         self.body: list[str] = []
@@ -122,7 +128,7 @@ class RowKernel:
         self.condition: list[str] = []
         self.reduces = False
         self.nodes: list[str] = []
-        self.writes = [store.layout.buffer for store in stores]
+        self.writes = [store.layout.buffer for store in stores if store.layout is not None]
         static = self.domain.cols.is_Integer
         self.block_c = min(1 << (int(self.domain.cols) - 1).bit_length(), 1024) if static else 1024
         self.index = domain.index
@@ -151,6 +157,10 @@ class RowKernel:
             except NoKernel as problem:
                 problem.node = problem.node or node
                 raise
+            except ZeroDivisionError:  # an index divided by a size of 0
+                problem = NoKernel("it reads an empty tensor")
+                problem.node = node
+                raise problem from None
             self.nodes.append(node.name)
         self.values[key] = value
         return value
@@ -287,13 +297,15 @@ class RowKernel:
     def store(self, store: Store) -> None:
         index = self.domain_index(store.node)
         value = self.value(store.node, index)
+        if store.layout is None:
+            return
         place = list(index)
         if store.slot is not None:
             slot = store.slot
             read = self.load_layout(slot.positions, index[slot.by : slot.by + 1], "slot", torch.int64)
             place[slot.axis] = self.index_from(read) + (index[slot.axis] if slot.adds else ZERO)
         expr = store.layout.element(tuple(place))
-        pointer = self.pointer(store.layout, "out" if len(self.made_here) == 1 else short_name(store.node.name))
+        pointer = self.pointer(store.layout, "out" if self.single else short_name(store.node.name))
         on_columns = None if COL in expr.free_symbols or self.domain.cols == 1 else expr
         mask = self.mask_text(on_columns)
         dtype = store.layout.buffer.dtype

@@ -271,6 +271,8 @@ def cat(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     """Each lane takes its value from the part that its index falls into; the others are masked off."""
     dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(index)
     parts = [part for part in node.args[0] if len(sizes(part)) == len(index) and sizes(part)[dim] != 0]
+    if not parts:
+        raise NoKernel("a cat of empty tensors has no kernel")
     at, start, result = index[dim], sympy.Integer(0), ""
     for position, part in enumerate(parts):
         end = start + sizes(part)[dim]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..compiler import ops  # noqa: F401  (registers effc's)
 from ..compiler.graph import dtype_of, sizes
 from .kernel import TL_TYPES
 from .pointwise import COL, NoKernel, RowKernel, Value

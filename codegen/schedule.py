@@ -2,15 +2,17 @@
 
 1. A node is *realized* (gets memory) if something other than a generated kernel reads it, or if computing it again in
    each of its readers would cost more than a load. Every other pointwise node is inlined into its readers.
-2. Each realized pointwise node, each op with a template and each op without a kernel is one unit of a dependence
-   graph. Pointwise units over the same domain merge where that makes no cycle.
+2. Each realized pointwise node, each op with a template and each op without a kernel is one unit. Pointwise units
+   over the same domain become one kernel where that pays (`grouping.py`, `fusion_cost.py`).
 3. Units are lowered in topological order; small launches that do not depend on each other share one (`horizontal`).
 
-A node that turns out to have no kernel is put aside with the reason, and the schedule is made again around it.
+Nodes that turn out to have no kernel are put aside with the reason, and the schedule is made again around them.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -20,13 +22,15 @@ from torch import fx
 from ..compiler.graph import Graph, dtype_of, is_tensor, size_expr, sizes
 from ..compiler.weights import Weight
 from . import linear, rope
+from .fusion_cost import Decision
+from .grouping import group_units
 from .horizontal import merge_launches
 from .kernel import ZERO, Buffer, Fallback, Layout, Schedule, contiguous_strides
 from .pointwise import NoKernel, Store
 from .scope import Scope
 from .table import TEMPLATES, WRITES
 from .target import Target
-from .units import Plan, Unit, merge_units
+from .units import Plan, Unit, is_empty
 from .views import is_view, view_layout, view_source
 
 aten, effc = torch.ops.aten, torch.ops.effc
@@ -34,11 +38,12 @@ aten, effc = torch.ops.aten, torch.ops.effc
 
 @dataclass
 class Scheduled:
-    """A schedule and what fills its weights."""
+    """A schedule, what fills its weights, and what was decided about sharing kernels."""
 
     schedule: Schedule
     recipes: dict[str, Weight]
     scope: Scope
+    decisions: tuple[Decision, ...] = ()
 
 
 def schedule(graph: Graph, target: Target, pack: bool = True) -> Scheduled:
@@ -48,13 +53,15 @@ def schedule(graph: Graph, target: Target, pack: bool = True) -> Scheduled:
     while True:
         try:
             return attempt(graph, target, pack, realized, refused)
-        except Refusal as refusal:
-            if refusal.inlined and refusal.node not in realized:
-                realized.add(refusal.node)
-            elif refusal.node not in refused:
-                refused[refusal.node] = refusal.reason
-            else:
-                raise AssertionError(f"{refusal.node} has neither a kernel nor a fallback: {refusal.reason}") from None
+        except Refusals as refusals:
+            for refusal in refusals.found:
+                if refusal.inlined and refusal.node not in realized:
+                    realized.add(refusal.node)
+                elif refusal.node not in refused:
+                    refused[refusal.node] = refusal.reason
+                else:
+                    reason = f"{refusal.node} has neither a kernel nor a fallback: {refusal.reason}"
+                    raise AssertionError(reason) from None
 
 
 class Refusal(Exception):
@@ -64,15 +71,23 @@ class Refusal(Exception):
         self.node, self.reason, self.inlined = node, reason, inlined
 
 
+class Refusals(Exception):
+    """All refusals of one attempt, one a node."""
+
+    def __init__(self, found: Iterable[Refusal]) -> None:
+        self.found = tuple(found)
+
+
 def attempt(graph: Graph, target: Target, pack: bool, realized: set[fx.Node], refused: dict[fx.Node, str]) -> Scheduled:
-    plan = Plan(graph, realized, refused)
+    plan = Plan(graph, target, realized, refused)
     scope = Scope(graph, target, size_names(graph), refused)
     result = Schedule(graph.name, symbols=size_symbols(graph))
     place_placeholders(scope, result, pack)
-    lower_units(scope, plan, merge_units(plan))
+    units, decisions = group_units(plan, target)
+    lower_units(scope, plan, units)
     result.outputs = [scope.layout(node) for node in graph.outputs if is_tensor(node)]
     result.steps = merge_launches(scope.steps)
-    return Scheduled(result, scope.recipes, scope)
+    return Scheduled(result, scope.recipes, scope, tuple(decisions))
 
 
 # --- sizes and placeholders --------------------------------------------------------------------------------------
@@ -154,29 +169,52 @@ def panel_width(weight: fx.Node, target: Target) -> int | None:
 
 
 def lower_units(scope: Scope, plan: Plan, units: list[Unit]) -> None:
-    place_views(scope)
+    """Lower unit by unit. After a refusal the rest is lowered too, for what else there is to refuse."""
+    views = [node for node in scope.graph.nodes if is_view(node)]
+    views_of: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for view in views:
+        views_of[view_source(view)].append(view)
+    refusals: dict[fx.Node, Refusal] = {}
+    placed: set[fx.Node] = set()
+    place_views(scope, views_of, placed)
     for unit in units:
-        if unit.node in plan.refused:
-            lower_fallback(scope, plan, unit.node)
-        elif unit.stores:
-            lower_pointwise(scope, plan, unit)
-        else:
-            lower_template(scope, plan, unit.node)
-        place_views(scope)
+        try:
+            lower_unit(scope, plan, unit)
+        except Refusal as refusal:
+            refusals.setdefault(refusal.node, refusal)
+            if unit.node not in scope.layouts and is_tensor(unit.node):
+                scope.result(unit.node)
+        place_views(scope, views_of, placed)
+    if refusals:
+        raise Refusals(refusals.values())
 
 
-def place_views(scope: Scope) -> None:
-    """Give every view of a tensor in memory its layout, where strides can express it."""
-    for node in scope.graph.nodes:
-        if is_view(node) and node not in scope.layouts:
-            source = scope.layouts.get(view_source(node))
-            layout = view_layout(node, source) if isinstance(source, Layout) else None
-            if layout is not None:
-                scope.layouts[node] = layout
+def lower_unit(scope: Scope, plan: Plan, unit: Unit) -> None:
+    if unit.node in plan.refused:
+        lower_fallback(scope, plan, unit.node)
+    elif unit.stores:
+        lower_pointwise(scope, plan, unit)
+    else:
+        lower_template(scope, plan, unit.node)
+
+
+def place_views(scope: Scope, views_of: Mapping[fx.Node, list[fx.Node]], placed: set[fx.Node]) -> None:
+    """Give every view of a tensor that is new in memory its layout, where strides can express it."""
+    new = [node for node in scope.layouts if node not in placed]
+    while new:
+        source = new.pop()
+        placed.add(source)
+        layout = scope.layouts[source]
+        for view in views_of.get(source, ()) if isinstance(layout, Layout) else ():
+            if view not in scope.layouts and (found := view_layout(view, layout)) is not None:
+                scope.layouts[view] = found
+                new.append(view)
 
 
 def lower_pointwise(scope: Scope, plan: Plan, unit: Unit) -> None:
-    stores = [Store(node, scope.result(node)) for node in unit.stores]
+    stores = [Store(node, None if node in unit.unstored else scope.result(node)) for node in unit.stores]
+    if is_empty(unit.node):
+        return
     try:
         scope.add(scope.pointwise(stores, unit.domain))
     except NoKernel as problem:
@@ -231,7 +269,7 @@ def lower_fallback(scope: Scope, plan: Plan, node: fx.Node) -> None:
         scope.layouts[node] = results[0]
     else:
         for position, part in enumerate(value):
-            layout = fallback_result(f"{node.name}_{position}", part)
+            layout = fallback_result(f"{node.name}.{position}", part)
             results.append(layout)
             for user in node.users:
                 if user.args[1] == position:

@@ -82,7 +82,7 @@ class Scope:
     def copy(self, node: fx.Node) -> Layout:
         """A contiguous copy of a tensor, made by a pointwise kernel."""
         shape = sizes(node)
-        name = f"{node.name}_copy{len(self.steps)}"
+        name = f"{node.name}.copy{len(self.steps)}"
         buffer = Buffer(name, sympy.prod(shape), dtype_of(node), self.kind(node))
         layout = Layout(buffer, ZERO, shape, contiguous_strides(shape))
         self.add(self.pointwise([Store(node, layout)], name="copy"))

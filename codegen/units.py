@@ -3,75 +3,98 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 
-import networkx
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph, writes
+from ..compiler.graph import Graph, dtype_of, is_tensor, sizes, writes
+from .fusion_cost import MAX_INLINED, Decision, bytes_of, op_cost, recompute
 from .pointwise import Domain
 from .pointwise_ops import is_fusible
 from .reductions import REDUCTIONS
 from .scope import Scope, flat_domain, readers
 from .table import TEMPLATES, WRITES
-from .views import SPLITS, is_view
+from .target import Target
+from .views import SPLITS, is_view, view_source
 
 aten, effc = torch.ops.aten, torch.ops.effc
-
-CHEAP = frozenset(
-    {
-        aten._to_copy.default,
-        aten.to.dtype,
-        aten.arange.default,
-        aten.arange.start,
-        aten.arange.start_step,
-        aten.full.default,
-        aten.clone.default,
-        aten.neg.default,
-        aten.bitwise_not.default,
-        aten.logical_not.default,
-    }
-)
-"""Ops that are computed again in each reader rather than stored."""
 
 
 @dataclass
 class Unit:
-    """What is lowered at once. stores: realized nodes of a pointwise kernel; node: anything else."""
+    """What is lowered at once. stores: realized nodes of a pointwise kernel; node: anything else.
 
-    order: int
+    unstored: those of the stores that nothing outside of the kernel reads.
+    """
+
     node: fx.Node
     stores: list[fx.Node] = field(default_factory=list)
     domain: Domain | None = None
+    unstored: set[fx.Node] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """What computing a value again takes: the tensors that it reads, in bytes, operations an element, and nodes."""
+
+    reads: dict[fx.Node, int]
+    ops: int
+    nodes: int
 
 
 # --- what gets memory --------------------------------------------------------------------------------------------
 
 
 class Plan:
-    """Which nodes are units, and which are inlined into them."""
+    """Which nodes are units, and which are inlined into them. Holds the nodes that will lie in memory."""
 
-    def __init__(self, graph: Graph, realized: set[fx.Node], refused: dict[fx.Node, str]) -> None:
-        self.graph, self.forced, self.refused = graph, realized, refused
+    def __init__(self, graph: Graph, target: Target, realized: set[fx.Node], refused: dict[fx.Node, str]) -> None:
+        self.graph, self.target, self.forced, self.refused = graph, target, realized, refused
         self.units: list[Unit] = []
         self.unit_of: dict[fx.Node, Unit] = {}
         self.written = written_inputs(graph)
-        for order, node in enumerate(graph.nodes):
+        self.inlined: dict[fx.Node, Inlined] = {}
+        self.decisions: list[Decision] = []
+        for node in graph.nodes:
             if node.op != "call_function" or not returns_tensors(node) or is_view(node):
                 continue
             if (node.target in SPLITS and node not in refused) or node.target is operator.getitem:
                 continue
             if self.is_template(node):
                 if not self.joins_write(node):
-                    self.new_unit(Unit(order, node))
+                    self.new_unit(Unit(node))
             elif self.is_pointwise(node):
+                self.inlined[node] = self.inlining(node)
                 if self.is_realized(node):
-                    self.new_unit(Unit(order, node, [node], unit_domain(node)))
+                    self.new_unit(Unit(node, [node], unit_domain(node)))
             else:
                 self.refused.setdefault(node, f"{node.target} has no kernel")
-                self.new_unit(Unit(order, node))
+                self.new_unit(Unit(node))
+
+    def __contains__(self, node: fx.Node) -> bool:
+        """Whether a node will lie in memory: inputs, units, and the results of ops with several."""
+        if node.op == "placeholder" or node in self.unit_of:
+            return True
+        return node.target is operator.getitem and (not is_view(node) or node.args[0] in self.refused)
+
+    def inlining(self, node: fx.Node) -> Inlined:
+        """What it takes to compute a node from what lies in memory."""
+        reads: dict[fx.Node, int] = {}
+        lanes = max(bytes_of(x) // dtype_of(x).itemsize for x in (node, *row_inputs(node)))
+        ops, nodes = op_cost(node.target), 1
+        for argument in node.all_input_nodes:
+            while is_view(argument) and argument not in self:
+                argument = view_source(argument)
+            if argument in self.inlined and argument not in self.unit_of:
+                inner = self.inlined[argument]
+                reads |= inner.reads
+                ops, nodes = ops + inner.ops, nodes + inner.nodes
+            elif is_tensor(argument):
+                reads[argument] = min(bytes_of(argument), lanes * dtype_of(argument).itemsize)
+        return Inlined(reads, ops, nodes)
 
     def new_unit(self, unit: Unit) -> None:
         self.units.append(unit)
@@ -100,18 +123,37 @@ class Plan:
         return Scope.base(new) is node and Scope.base(positions) is not node
 
     def is_realized(self, node: fx.Node) -> bool:
-        if node in self.forced or any(argument in self.written for argument in node.all_input_nodes):
+        if node in self.forced or any(Scope.base(argument) in self.written for argument in node.all_input_nodes):
             return True
-        users = readers(node)
+        if is_empty(node):
+            return True
+        users = set(readers(node))
         if any(not self.is_pointwise(user) and not self.is_written_by(user, node) for user in users):
             return True
-        if len(set(users)) <= 1:
+        inlined = self.inlined[node]
+        if inlined.nodes > MAX_INLINED:
+            return True
+        if len(users) <= 1:
             return False
-        return node.target not in CHEAP
+        if node.target in REDUCTIONS:
+            return True
+        again, reason, saved = recompute(node, inlined.reads, inlined.ops, len(users), self.target)
+        into = ", ".join(sorted(user.name for user in users))
+        self.decisions.append(Decision(node.name, into, again, reason, saved))
+        return not again
 
-    def inputs(self, node: fx.Node) -> set[fx.Node]:
-        """The units whose results a unit reads, through views and inlined nodes."""
-        return {source for source in self.sources(node) if source in self.unit_of}
+    @cached_property
+    def readers_of(self) -> dict[fx.Node, set[fx.Node]]:
+        """Unit -> the units that read it; what leaves the graph is read by its output."""
+        found: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+        for unit in self.units:
+            for source in self.sources(unit.node):
+                found[source].add(unit.node)
+        for node in self.graph.nodes:
+            if node.op == "output":
+                for source in self.sources(node):
+                    found[source].add(node)
+        return found
 
     def sources(self, node: fx.Node) -> set[fx.Node]:
         """The units and placeholders that a unit reads, through views and inlined nodes."""
@@ -142,47 +184,16 @@ def returns_tensors(node: fx.Node) -> bool:
     )
 
 
+def row_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What a reduction runs over."""
+    return (node.args[0],) if node.target in REDUCTIONS else ()
+
+
 def unit_domain(node: fx.Node) -> Domain:
     """What the kernel of a realized node runs over: its own elements, or its input's if it reduces rows."""
     return flat_domain(node.args[0]) if node.target in REDUCTIONS else flat_domain(node)
 
 
-# --- merging -----------------------------------------------------------------------------------------------------
-
-
-def merge_units(plan: Plan) -> list[Unit]:
-    """Merge pointwise units over one domain where no other unit lies between them; in topological order."""
-    dependence = networkx.DiGraph()
-    dependence.add_nodes_from(unit.node for unit in plan.units)
-    for unit in plan.units:
-        dependence.add_edges_from((source, unit.node) for source in plan.inputs(unit.node))
-    dependence.add_edges_from(reads_before_writes(plan))
-    for unit in plan.units:
-        if not unit.stores or unit.node not in dependence:
-            continue
-        for other in plan.units:
-            if other.order <= unit.order or not other.stores or other.node not in dependence:
-                continue
-            if other.domain == unit.domain and mergeable(dependence, unit.node, other.node):
-                unit.stores.extend(other.stores)
-                networkx.contracted_nodes(dependence, unit.node, other.node, self_loops=False, copy=False)
-    order = {unit.node: unit.order for unit in plan.units}
-    return [
-        plan.unit_of[node] for node in networkx.lexicographical_topological_sort(dependence, key=lambda n: order[n])
-    ]
-
-
-def reads_before_writes(plan: Plan) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """A unit that reads an input before another one changes it has to run before that one."""
-    sources = {unit.node: plan.sources(unit.node) for unit in plan.units}
-    for write in plan.units:
-        if writes(write.node):
-            changed = Scope.base(write.node.args[0])
-            for unit in plan.units:
-                if unit.order < write.order and changed in sources[unit.node]:
-                    yield unit.node, write.node
-
-
-def mergeable(dependence: networkx.DiGraph, first: fx.Node, second: fx.Node) -> bool:
-    """Neither reads the other, at once or through a third: values at other indices would not be there yet."""
-    return not networkx.has_path(dependence, first, second) and not networkx.has_path(dependence, second, first)
+def is_empty(node: fx.Node) -> bool:
+    """Whether a tensor is known to have no elements: there is nothing to compute, and nothing to divide by."""
+    return any(size == 0 for size in sizes(node))

@@ -57,7 +57,7 @@ def view_index(node: fx.Node, index: Index) -> Index:
 def axis(node: fx.Node, position: int, default: int = 0, rank: int | None = None) -> int:
     dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
     rank = len(sizes(view_source(node))) if rank is None else rank
-    return dim % rank
+    return dim % max(rank, 1)
 
 
 def slice_start(node: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
@@ -157,8 +157,8 @@ def permutation(node: fx.Node) -> list[int]:
     if node.target is aten.permute.default:
         return [dim % rank for dim in node.args[1]]
     order = list(range(rank))
-    first, second = (0, 1) if node.target is aten.t.default else (node.args[1] % rank, node.args[2] % rank)
     if rank > 1:
+        first, second = (0, 1) if node.target is aten.t.default else (node.args[1] % rank, node.args[2] % rank)
         order[first], order[second] = order[second], order[first]
     return order
 
@@ -194,7 +194,7 @@ def squeezed(node: fx.Node) -> list[int]:
     if node.target is aten.squeeze.default:
         return [dim for dim, size in enumerate(source) if size == 1]
     dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
-    return [dim % len(source) for dim in dims if source[dim] == 1]
+    return [dim % len(source) for dim in dims if source and source[dim] == 1]
 
 
 def squeeze_layout(node: fx.Node, source: Layout) -> Layout:
