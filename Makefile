@@ -5,7 +5,7 @@
 #   make test-slow  the long sweeps;  make test-all: both, and the CPU target under other releases of Triton
 #   make test-triton TRITON=3.9.0   the CPU target under another release of Triton, into build/
 #   make test-clang the CPU target with clang++, which has to be installed
-#   make sanitize   random kernels under AddressSanitizer and UBSan
+#   make sanitize   random kernels, and those of the CPU target's tests, under AddressSanitizer and UBSan
 #   make bench      effc beside other engines, one table (BENCH="--json --inductor" passes arguments on)
 #   make bench-cpu  Triton kernels on the CPU beside PyTorch, native and held to AVX2 (BENCH="--only softmax")
 #   make lint       ruff, which also formats with `make format`
@@ -27,6 +27,10 @@ PIP_OPTIONS = --disable-pip-version-check --quiet -c constraints.txt $(if $(TORC
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
+# Files of tests share the cores as processes, so threads of kernels must not spin while they wait.
+JOBS ?= 2
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
 .DEFAULT_GOAL = help
 .PHONY: help demo test test-slow test-all test-triton test-clang sanitize lint format bench bench-cpu clean
 
@@ -38,15 +42,15 @@ demo: $(INSTALLED)
 
 test: lint
 	@echo "== tests (without the slow ones)"
-	@$(BIN)/python -m pytest -q -m "not slow" --durations=5
+	@$(PYTEST) -m "not slow" --durations=5
 
 test-slow: $(INSTALLED)
 	@echo "== slow tests"
-	@$(BIN)/python -m pytest -q -m slow --durations=5
+	@$(PYTEST) -m slow --durations=5
 
 test-all: lint
 	@echo "== all tests"
-	@$(BIN)/python -m pytest -q --durations=10
+	@$(PYTEST) --durations=10
 	@for version in $(OTHER_TRITONS); do $(MAKE) --no-print-directory test-triton TRITON=$$version || exit 1; done
 
 # Another Triton stands before the installed one on the path; torch stays as it is.
@@ -57,15 +61,23 @@ build/triton-%/.installed: | $(INSTALLED)
 test-triton: build/triton-$(TRITON)/.installed
 	@echo "== the CPU target under Triton $(TRITON)"
 	@PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) EFFC_TEST_CACHE_DIR=$(CURDIR)/build/cache-$(TRITON) \
-		$(BIN)/python -m pytest -q -m "not slow" tests/test_cpu_*.py tests/test_triton_cpu*.py
+		$(PYTEST) -m "not slow" tests/test_cpu_*.py tests/test_triton_cpu*.py
 
 test-clang: $(INSTALLED)
 	@command -v clang++ >/dev/null || { echo "make test-clang needs clang++: install it" >&2; exit 1; }
 	@echo "== the CPU target with $$(clang++ --version | head -n 1)"
-	@EFFC_CXX=clang++ $(BIN)/python -m pytest -q -m "not slow" tests/test_cpu_*.py
+	@EFFC_CXX=clang++ $(PYTEST) -m "not slow" tests/test_cpu_*.py
+
+# The rest is left out since it launches nothing here, or looks at what a compiler or another process does.
+SANITIZED = $(filter-out $(patsubst %,tests/test_cpu_%.py,build compilers fuzz language portable sanitize),\
+	$(wildcard tests/test_cpu_*.py))
 
 sanitize: $(INSTALLED)
-	@$(BIN)/python -m pytest -q tests/test_cpu_sanitize.py
+	@$(PYTEST) tests/test_cpu_sanitize.py
+	@echo "== the kernels of the CPU target's tests under AddressSanitizer and UBSan"
+	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" EFFC_CXX=g++ \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 EFFC_TEST_SANITIZE=1 \
+		$(PYTEST) -m "not slow" $(SANITIZED)
 
 lint: $(INSTALLED)
 	@echo "== ruff"
