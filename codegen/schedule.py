@@ -19,7 +19,9 @@ import sympy
 import torch
 from torch import fx
 
+from ..compiler.gate_expressions import has_gate
 from ..compiler.graph import Graph, dtype_of, is_tensor, size_expr, sizes
+from ..compiler.pattern import arguments
 from ..compiler.weights import Weight
 from . import linear, rope
 from .fusion_cost import Decision
@@ -147,22 +149,34 @@ def place_placeholders(scope: Scope, result: Schedule, pack: bool) -> None:
 
 def panel_width(weight: fx.Node, target: Target) -> int | None:
     """The panel width to pack a weight in, or None if one of its readers needs it row-major."""
-    linears = {effc.linear.default, effc.gated_linear.default}
-    users = list(weight.users)
-    if not any(user.target in linears for user in users) or dtype_of(weight) not in linear.DTYPES:
-        return None
-    for user in users:
-        reads_weight = user.target in linears and user.args[1] is weight and user.args[0] is not weight
-        reads_table = user.target is aten.embedding.default and user.args[0] is weight
-        if not (reads_weight or reads_table):
+    found = []
+    for user in weight.users:
+        rows = packed_rows(user, weight)
+        if rows is not None:
+            found.append(rows)
+        elif not (user.target is aten.embedding.default and user.args[0] is weight):
             return None
-    rows = int(sizes(weight)[0])
-    if any(user.target is effc.gated_linear.default for user in users):
-        rows //= 2
+    if not found or dtype_of(weight) not in linear.DTYPES:
+        return None
     block = target.linear_large.n
-    while block >= 16 and rows % block:
+    while block >= 16 and min(found) % block:
         block //= 2
     return block if block >= 16 else None
+
+
+def packed_rows(user: fx.Node, weight: fx.Node) -> int | None:
+    """How many rows of a weight its reader multiplies with at a time; None where that does not take panels."""
+    named = arguments(user)
+    gated = user.target is effc.gated_linear.default
+    if user.target is effc.moe.default:
+        name = next((name for name in ("up", "down") if named[name] is weight), None)
+        gated = name == "up" and has_gate(named["activation"])
+    else:
+        name = "weight" if user.target in (effc.linear.default, effc.gated_linear.default) else None
+    if name is None or named[name] is not weight or list(named.values()).count(weight) > 1:
+        return None
+    rows = int(sizes(weight)[-2])
+    return rows // 2 if gated else rows
 
 
 # --- lowering ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 
 import sympy
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, sizes
-from ..compiler.weights import Pack, Weight
+from ..compiler.weights import Pack, Reshape, Weight
 from .kernel import ZERO, Buffer, Choice, Launch, Layout, Packed, Step, contiguous_strides
 from .pointwise import Domain, RowKernel, Store
 from .target import Target
@@ -99,11 +100,15 @@ class Scope:
         )
 
     def pack(self, node: fx.Node, block: int) -> None:
-        """Lay a weight [N, K] out in panels of `block` rows."""
-        recipe = Pack(self.recipes[node.name], block)
+        """Lay a weight [N, K], or [E, N, K] as [E * N, K], out in panels of `block` rows."""
+        recipe = self.recipes[node.name]
+        *rows, depth = recipe.shape
+        matrix = recipe if len(rows) == 1 else Reshape(recipe, (math.prod(rows), depth))
+        recipe = Pack(matrix, block)
         self.recipes[node.name] = recipe
         elements = sympy.Integer(recipe.numel)
-        self.layouts[node] = Packed(Buffer(node.name, elements, dtype_of(node), "weight"), sizes(node), block)
+        shape = tuple(map(sympy.Integer, matrix.shape))
+        self.layouts[node] = Packed(Buffer(node.name, elements, dtype_of(node), "weight"), shape, block)
 
     # --- launches ----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..compiler.graph import sizes
 from ..compiler.ops import OPS
-from . import attention, linear, pointwise_ops, reductions, rope  # noqa: F401  (the two fill EMITTERS)
+from . import attention, linear, moe, pointwise_ops, reductions, rope, top_k  # noqa: F401  (the two fill EMITTERS)
 from .kernel import Layout
 from .pointwise import EMITTERS, Slot
 from .scope import Scope
@@ -24,6 +24,8 @@ TEMPLATES: dict[Any, Callable[[Scope, fx.Node], None]] = {
     effc.attention.default: attention.lower,
     effc.cached_attention.default: attention.lower,
     effc.rope.default: rope.lower,
+    effc.top_k.default: top_k.lower,
+    effc.moe.default: moe.lower,
 }
 """Ops with a kernel of their own; `pointwise.EMITTERS` has the others."""
 

@@ -21,6 +21,7 @@ class Tile:
 class Target:
     """name: "cpu" or "cuda". linear_small and linear_large: tiles for up to `small_rows` rows and for more.
 
+    experts: tile of many tokens' products with their experts' weights, of which each expert has a share only.
     gemv_k: depth of one step of a product of a packed weight with a vector; gemv_rows: rows of a row-major weight that
     one program multiplies with one. attention: query rows and key columns of a tile.
     decode_keys: keys per step of decode attention. splits: programs that share the keys of one head while decoding.
@@ -30,6 +31,7 @@ class Target:
     name: str
     linear_small: Tile
     linear_large: Tile
+    experts: Tile
     small_rows: int
     gemv_k: int
     gemv_rows: int
@@ -43,6 +45,7 @@ CPU = Target(
     name="cpu",
     linear_small=Tile(16, 64, 64),
     linear_large=Tile(256, 64, 64),
+    experts=Tile(64, 64, 64),
     small_rows=16,
     gemv_k=64,
     gemv_rows=4,
@@ -56,6 +59,7 @@ CUDA = Target(
     name="cuda",
     linear_small=Tile(16, 64, 64),
     linear_large=Tile(64, 64, 32),
+    experts=Tile(64, 64, 32),
     small_rows=16,
     gemv_k=64,
     gemv_rows=8,

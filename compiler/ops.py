@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from . import moe_ops  # noqa: F401  (its rows of the table)
 from .attention_ops import STATE_OPS
 from .graph import sizes
 from .vocabulary import OPS, Cost, Op, define, like, numel, op_of, streamed

@@ -204,6 +204,24 @@ def linear(axis: TokenAxis, node: fx.Node) -> str | None:
     return None
 
 
+def moe(axis: TokenAxis, node: fx.Node) -> str | None:
+    """Each token goes to experts of its own."""
+    named = arguments(node)
+    tokens = [named[name] for name in ("x", "experts", "scores")]
+    if any(axis.of(x) == len(sizes(x)) - 1 for x in tokens):
+        return "it multiplies over the tokens, or chooses among them"
+    if len({axis.of(x) for x in tokens}) > 1:
+        return "its arguments have their tokens in different dimensions"
+    if any(axis.of(argument) is not None for argument in node.args[3:] if is_tensor(argument)):
+        return "its weights depend on the tokens"
+    return None
+
+
+def top_k(axis: TokenAxis, node: fx.Node) -> str | None:
+    x = node.args[0]
+    return "it chooses among the tokens" if axis.of(x) == len(sizes(x)) - 1 else None
+
+
 def matmul(axis: TokenAxis, node: fx.Node) -> str | None:
     bias = node.args[0] if node.target == aten.addmm.default else None
     left, right = node.args[-2:]
@@ -314,6 +332,8 @@ CHECKS: dict[Any, Check] = {
     effc.rms_norm.default: rms_norm,
     effc.rope.default: rope,
     effc.attention.default: attention,
+    effc.top_k.default: top_k,
+    effc.moe.default: moe,
     **dict.fromkeys((aten.full.default, aten.ones.default, aten.zeros.default), made_of_size),
     **dict.fromkeys((aten.full_like.default, aten.ones_like.default, aten.zeros_like.default), made_of_size),
 }

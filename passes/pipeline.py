@@ -28,6 +28,7 @@ from .fuse_activation import fuse_activation
 from .fuse_attention import fuse_attention
 from .fuse_linear import fuse_linear
 from .fuse_mlp import fuse_mlp
+from .fuse_moe import fuse_moe
 from .fuse_norm import fuse_norm
 from .fuse_rope import fuse_rope
 from .materialize_kv import drop_padding, materialize_kv
@@ -48,6 +49,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_rope,
     fuse_attention,
     fuse_activation,
+    fuse_moe,
     fuse_linear,
     fuse_mlp,
     cleanup,

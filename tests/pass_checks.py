@@ -52,7 +52,7 @@ def graph_of(module: nn.Module, *inputs: Tensor) -> Graph:
         result = torch.func.functional_call(module, parameters, inputs)
         return result if isinstance(result, tuple) else (result,)
 
-    with torch.no_grad():
+    with torch.no_grad(), mode:
         traced = make_fx(call, pre_dispatch=True)(parameters, *fakes)
     graph = Graph(traced)
     for node, name in zip(graph.placeholders, (*tensors, *"xyz")):

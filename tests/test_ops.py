@@ -104,6 +104,22 @@ CASES: dict[str, dict[str, Callable[[Sizes], Arguments]]] = {
             for name, make in SCORES.items()
         },
     },
+    "top_k": {
+        "two": lambda z: (z.tensor(z.B, z.S, z.K), 2),
+    },
+    "moe": {
+        "gated": lambda z: (
+            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, 2 * z.N, z.D), z.tensor(3, z.D, z.N)
+        ),
+        "biased": lambda z: (
+            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, 2 * z.N, z.D), z.tensor(3, z.D, z.N),
+            z.tensor(3, 2 * z.N), z.tensor(3, z.D), "maximum(up, -1.0) * (gate * sigmoid(gate * 1.5))",
+        ),
+        "without a gate": lambda z: (
+            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, z.N, z.D), z.tensor(3, z.D, z.N),
+            None, None, "relu(up)",
+        ),
+    },
 }  # fmt: skip
 """Arguments of every op, in the ways that change what it does."""
 
@@ -112,6 +128,13 @@ EVERY_CASE = [(name, case) for name, cases in CASES.items() for case in cases]
 
 def queries_and_keys(z: Sizes, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     return z.tensor(z.B, z.H, z.S, z.D), z.tensor(z.B, z.G, keys, z.D), z.tensor(z.B, z.G, keys, z.D)
+
+
+def choices(z: Sizes, experts: int) -> tuple[Tensor, Tensor]:
+    """For each token two of the experts, so that all of them are chosen by some, and their scores."""
+    chosen = torch.rand(z.B, z.S, experts, generator=z.generator).topk(2).indices
+    chosen.view(-1)[:experts] = torch.arange(min(experts, chosen.numel()))
+    return chosen, z.tensor(z.B, z.S, 2)
 
 
 @pytest.fixture(params=FLOATS, ids=str)
@@ -148,7 +171,7 @@ def test_shape_rule_says_what_the_reference_gives(name, case, sizes):
     with FakeTensorMode() as mode:
         promised = call(name, fake(arguments, mode))
     assert promised.shape == found.shape
-    assert promised.dtype == found.dtype == sizes.dtype
+    assert promised.dtype == found.dtype == (torch.int64 if name == "top_k" else sizes.dtype)
     assert promised.stride() == found.stride()
 
 

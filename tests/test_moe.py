@@ -1,0 +1,184 @@
+"""The kernels of top_k and moe beside eager: one token, few and many; ragged sizes; packed and row-major weights."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from .graphs import Compiled, check, random
+
+effc = torch.ops.effc
+BF16, FP32 = torch.bfloat16, torch.float32
+EXPERTS, PER_TOKEN = 6, 2
+TOKENS = (200, 40, 2, 1, 0)
+"""Tiles that are shared by many pairs, by few, the way of one token, and nothing to do."""
+
+SWIGLU = "silu(gate) * up"
+CLAMPED = "(minimum(maximum(up, -7.0), 7.0) + 1) * (minimum(gate, 7.0) * sigmoid(minimum(gate, 7.0) * 1.702))"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def choices(tokens: int) -> Tensor:
+    """Two different experts for each token; none chooses the last one."""
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.rand(tokens, EXPERTS - 1, generator=generator).topk(PER_TOKEN).indices
+
+
+class Experts:
+    """One shape of experts, to be run on any number of tokens."""
+
+    def __init__(
+        self,
+        d: int,
+        n: int,
+        dtype: torch.dtype = FP32,
+        scores: torch.dtype | None = None,
+        activation: str = SWIGLU,
+        bias: bool = False,
+        pack: bool = True,
+    ) -> None:
+        self.d, self.dtype, self.scores = d, dtype, scores or dtype
+        rows = 2 * n if "gate" in activation else n
+        self.weights = {
+            "up": (random(EXPERTS, rows, d, seed=4) / d**0.5).to(dtype),
+            "down": (random(EXPERTS, d, n, seed=5) / n**0.5).to(dtype),
+        }
+        if bias:
+            self.weights["up_bias"] = random(EXPERTS, rows, dtype=dtype, seed=6)
+            self.weights["down_bias"] = random(EXPERTS, d, dtype=dtype, seed=7)
+
+        def function(x: Tensor, experts: Tensor, scores: Tensor, *weights: Tensor) -> Tensor:
+            return effc.moe(x, experts, scores, *weights, *(None,) * (4 - len(weights)), activation)
+
+        self.function = function
+        free = dict.fromkeys(("x", "experts", "scores"), (0,))
+        self.compiled = Compiled(function, self.tensors(5), free, ("up", "down"), pack=pack)
+        assert not self.compiled.fallbacks
+
+    def tensors(self, tokens: int) -> dict[str, Tensor]:
+        return {
+            "x": random(tokens, self.d, dtype=self.dtype, seed=tokens),
+            "experts": choices(tokens),
+            "scores": random(tokens, PER_TOKEN, seed=3).softmax(-1).to(self.scores),
+            **self.weights,
+        }
+
+    def check(self, **changes: Tensor) -> Tensor:
+        tokens = next(iter(changes.values())).shape[0]
+        (result,) = self.compiled.check(luck=1, **{**self.tensors(tokens), **changes})
+        return result
+
+
+@cache
+def some_experts() -> Experts:
+    return Experts(33, 16)
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "row-major"])
+@pytest.mark.parametrize(("d", "n"), [(64, 32), (33, 7)])
+def test_one_compilation_serves_every_token_count(d: int, n: int, pack: bool) -> None:
+    experts = Experts(d, n, pack=pack)
+    for tokens in TOKENS:
+        experts.compiled.check(luck=1, **experts.tensors(tokens))
+
+
+@pytest.mark.parametrize("scores", [BF16, FP32], ids=str)
+def test_low_precision_with_biases_and_a_clamped_gate(scores: torch.dtype) -> None:
+    experts = Experts(40, 24, BF16, scores, CLAMPED, bias=True)
+    for tokens in TOKENS:
+        experts.compiled.check(luck=1, **experts.tensors(tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu_tanh(up)", "relu(gate) * up", "gelu(gate) * up", "up / (1 + exp(-up))"])
+def test_every_activation(activation: str, dtype: torch.dtype) -> None:
+    experts = Experts(48, 16, dtype, activation=activation, bias=True)
+    for tokens in (50, 1):
+        experts.compiled.check(luck=1, **experts.tensors(tokens))
+
+
+def test_all_tokens_to_one_expert_and_none_to_the_others() -> None:
+    experts = some_experts()
+    for tokens in (300, 7, 1):
+        chosen = torch.full((tokens, PER_TOKEN), EXPERTS - 1)
+        experts.check(experts=chosen)
+
+
+def test_a_token_of_nan_stays_alone() -> None:
+    experts = some_experts()
+    for tokens in (100, 6):
+        x = random(tokens, 33)
+        x[3] = float("nan")
+        x[5, 2] = float("inf")
+        result = experts.check(x=x)
+        assert result[3].isnan().all()
+        assert result[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_leading_axes_and_strides_are_any() -> None:
+    def function(x: Tensor, chosen: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+        return (
+            effc.moe(x.transpose(0, 1), chosen, scores, up, down),
+            effc.moe(x.transpose(0, 1)[:, :1], chosen[:, :1], scores[:, :1] * 2, up[::2], down[::2]),
+        )
+
+    check(
+        function,
+        x=random(3, 4, 16),
+        chosen=choices(12).reshape(4, 3, 2) // 2,
+        scores=random(4, 3, 2),
+        up=random(EXPERTS, 24, 16),
+        down=random(EXPERTS, 16, 12),
+    )
+
+
+def test_mixed_dtypes_run_through_aten() -> None:
+    tensors = {"x": random(3, 8), "chosen": choices(3), "scores": random(3, 2).double()}
+    weights = {"up": random(EXPERTS, 8, 8), "down": random(EXPERTS, 8, 4)}
+    check(lambda x, chosen, scores, up, down: effc.moe(x, chosen, scores, up, down), fallbacks=1, **tensors, **weights)
+
+
+def test_between_the_kernels_lies_nothing_of_tokens_by_experts() -> None:
+    """What a token needs grows with the experts it chooses, not with those there are."""
+    experts = some_experts()
+    launches = [launch for step in experts.compiled.scheduled.schedule.steps for launch in step.launches]
+    buffers = {buffer for launch in launches for buffer in launch.buffers if buffer.kind == "temporary"}
+    (symbol,) = {symbol for buffer in buffers for symbol in buffer.elements.free_symbols}
+    growth = sum(float(buffer.bytes.subs(symbol, 1600) - buffer.bytes.subs(symbol, 0)) for buffer in buffers) / 1600
+    per_pair = 4 * (33 + 16 + 1)
+    assert growth == pytest.approx(PER_TOKEN * per_pair + 4 * PER_TOKEN * (1 / 16 + 1 / 64))
+
+
+# --- top_k -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "k"), [(8, 2), (128, 8), (5, 5), (1, 1), (1000, 16)])
+def test_top_k_is_that_of_torch(size: int, k: int) -> None:
+    x = random(3, 7, size)
+    compiled = check(lambda x: effc.top_k(x, k), {"x": (0, 1)}, x=x)
+    assert torch.equal(compiled.last[0], x.topk(k).indices)
+    compiled.check(x=random(1, 1, size))
+    compiled.check(x=random(2, 0, size))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16], ids=str)
+def test_the_first_of_equal_entries_comes_first(dtype: torch.dtype) -> None:
+    x = torch.randint(-2, 3, (50, 12), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0], x[1, ::2], x[2, 3] = float("-inf"), float("inf"), -0.0
+    check(lambda x: effc.top_k(x, 6), x=x)
+
+
+def test_nan_is_the_largest_and_every_place_is_one_of_the_row() -> None:
+    x = random(6, 9)
+    x[0], x[1, 4], x[2, 2], x[3] = float("nan"), float("nan"), -float("nan"), float("-inf")
+    compiled = check(lambda x: effc.top_k(x, 9), x=x)
+    assert (compiled.last[0].sort(-1).values == torch.arange(9)).all()
+
+
+def test_top_k_of_doubles_runs_through_aten() -> None:
+    check(lambda x: effc.top_k(x, 2), x=random(3, 8).double(), fallbacks=1)
