@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +46,7 @@ class ProgramConfig:
     """What decoding needs to know of a model.
 
     cache_layout: (state, (heads, head size), dtype) of each cache buffer. max_position: the context length, if the
-    model has one.
+    model has one. inputs: what a call without a cache takes. cache_refusal: why there is no cache, where that is so.
     """
 
     vocab_size: int
@@ -54,6 +54,7 @@ class ProgramConfig:
     eos_token_ids: tuple[int, ...]
     cache_layout: tuple[tuple[str, tuple[int, int], torch.dtype], ...]
     inputs: tuple[str, ...]
+    cache_refusal: str | None = None
 
 
 class Program:
@@ -83,6 +84,7 @@ class Program:
         Raises InputError for ids out of the vocabulary or more of them than the model has positions for.
         """
         decode.check_prompt(input_ids, attention_mask, 0, self.config.vocab_size, self.config.max_position)
+        decode.check_padding(self.config, attention_mask)
         padded = attention_mask is not None and not bool(attention_mask.all())
         visible = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
         inputs = {"input_ids": input_ids.long(), "position_ids": (visible.cumsum(-1) - 1).clamp(min=0)}
@@ -91,8 +93,15 @@ class Program:
         return self.run("forward", inputs, {}, padded)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Continue input_ids [B, S]; returns ids [B, S + new]. Options as in `runtime.decode.generate`."""
+        """Continue input_ids [B, S]; returns ids [B, S + new]. Options as in `runtime.decode.generate`.
+
+        Raises ModelError for a model that no KV cache can be made for; its logits are there without one.
+        """
         return decode.generate(self, input_ids, attention_mask, **options)
+
+    def generate_each(self, prompts: Sequence[Tensor], **options: Any) -> list[Tensor]:
+        """Continue prompts [S_b] of any lengths as one batch without padding; see `runtime.decode.generate_each`."""
+        return decode.generate_each(self, prompts, **options)
 
     def run(self, kind: str, inputs: Mapping[str, Tensor], states: Mapping[str, Tensor], padded: bool) -> Tensor:
         """Run one of the four graphs; states are updated in place. Returns logits."""
@@ -106,7 +115,7 @@ class Program:
     def config(self) -> ProgramConfig:
         found = self._cached("config")
         if found is None:
-            found = program_config(self.model, self.stages.graph("decode", False))
+            found = program_config(self.model, self.stages)
             self._remember("config", found)
         return found
 
@@ -269,25 +278,31 @@ def host_target() -> CpuTarget:
     return host_target()
 
 
-def program_config(model: LoadedModel, decode_graph: Graph) -> ProgramConfig:
+def program_config(model: LoadedModel, stages: Stages) -> ProgramConfig:
     from .compiler.graph import dtype_of, sizes
 
-    config = model.config
+    graph, refusal = stages.graph("forward", True), None
+    inputs = tuple(graph.inputs)
+    try:
+        graph = stages.graph("decode", False)
+    except ModelError as error:
+        refusal = str(error)
     layout = []
-    for name in decode_graph.states:
-        node = decode_graph.placeholder(name)
+    for name in graph.states:
+        node = graph.placeholder(name)
         _, heads, _, size = sizes(node)
         layout.append((name, (int(heads), int(size)), dtype_of(node)))
+    config = model.config
+    limits = (getattr(config, "max_position_embeddings", None), graph.max_length)
     eos = getattr(config, "eos_token_id", None)
-    (logits,) = decode_graph.outputs
+    (logits,) = graph.outputs
     return ProgramConfig(
         vocab_size=int(sizes(logits)[-1]),
-        max_position=min(
-            filter(None, (getattr(config, "max_position_embeddings", None), decode_graph.max_length)), default=None
-        ),
+        max_position=min(filter(None, limits), default=None),
         eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
         cache_layout=tuple(layout),
-        inputs=tuple(decode_graph.inputs),
+        inputs=inputs,
+        cache_refusal=refusal,
     )
 
 

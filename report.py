@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .codegen.cpu import CpuTarget
     from .codegen.schedule import Scheduled
+    from .passes.cacheability import Cacheability
     from .passes.pipeline import Step
     from .program import Program
 
@@ -79,16 +80,18 @@ class GraphExplanation:
 
 @dataclass
 class Explanation:
-    """What the compiler did with a model; prints as text."""
+    """What the compiler did with a model; prints as text. cache: its KV cache, or why it has none."""
 
     title: str
     graphs: list[GraphExplanation] = field(default_factory=list)
+    cache: Cacheability | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n\n".join([self.title, *map(str, self.graphs)])
+        cache = [] if self.cache is None else [str(self.cache)]
+        return "\n\n".join([self.title, *cache, *map(str, self.graphs)])
 
 
 def shortened(names: Iterable[str], limit: int = 4) -> str:
@@ -124,8 +127,13 @@ def explain_graph(scheduled: Scheduled, steps: Iterable[Step], notes: Iterable[s
 
 
 def explain_program(program: Program, kinds: Iterable[str] = ("prefill", "decode")) -> Explanation:
-    """The account of a program's graphs."""
+    """The account of a program's graphs; of `forward` alone where it has no KV cache."""
+    from .passes.cacheability import cacheability
+
     result = Explanation(f"{program.model.name} on {program.target.isa}")
+    result.cache = cacheability(program.stages.graph("forward", True))
+    if result.cache.refusal is not None:
+        kinds = ("forward",)
     for kind in kinds:
         scheduled = program.stages.scheduled(kind, False)
         graph = program.stages.graph(kind, False)

@@ -171,7 +171,9 @@ class TokenCounts:
         if rank != 2:
             flat = [int(sizes(table)[0]), int(sympy.prod(shape[dim] for dim in others))]
             table = insert(graph, node, aten.reshape.default, table, flat, origins=[node])
-        slots = self.slots(node, named["start"] or 0)
+        start = named["start"] or 0
+        graph.limit_length(int(sizes(node.args[0])[axis]) - start, f"the table {node.args[0].name} ends there")
+        slots = self.slots(node, start)
         found = insert(graph, node, aten.embedding.default, table, slots, origins=[node])
         if rank != 2:
             rows, count = (insert(graph, node, aten.sym_size.int, slots, dim) for dim in (0, 1))

@@ -14,6 +14,7 @@ is `extend` with S = 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
@@ -123,17 +124,13 @@ def add_cache(graph: Graph, length: sympy.Symbol) -> None:
         return graph.placeholder("padding") if known else add_placeholder(graph, "padding", (batch,), torch.int64)
 
     written: dict[fx.Node, fx.Node] = {}
-    layers = 0
-    for node in [node for node in graph.nodes if node.target == effc.attention.default]:
-        named = arguments(node)
-        fresh = [letter for letter in "kv" if named[letter] not in written]
+    for node, named, fresh, layer in list(cached_sites(graph)):
         for letter in fresh:
             new = named[letter]
             _, heads, _, size = new.meta["val"].shape
-            cache = add_placeholder(graph, f"{letter}_cache_{layers}", (batch, heads, capacity, size), dtype_of(new))
+            cache = add_placeholder(graph, f"{letter}_cache_{layer}", (batch, heads, capacity, size), dtype_of(new))
             graph.states += (cache.name,)
             written[new] = insert(graph, node, effc.kv_write.default, cache, new, past)
-        layers += bool(fresh)
         caches = {f"{letter}_cache": written[named[letter]] for letter in "kv"}
         named |= {**cached_scores(graph, named, length, padding), **caches, "past": past, "key_mask": None}
         replace(graph, node, insert_named(graph, node, effc.cached_attention.default, named))
@@ -141,6 +138,19 @@ def add_cache(graph: Graph, length: sympy.Symbol) -> None:
         TokenCounts(graph, length, past, padding).rewrite()
     except NotOffset as reason:
         raise refused(graph, reason.node, str(reason)) from None
+
+
+def cached_sites(graph: Graph) -> Iterator[tuple[fx.Node, dict[str, Any], list[str], int]]:
+    """Each attention with its arguments by name, which of k and v no earlier one has written, and its layer."""
+    written: set[fx.Node] = set()
+    layers = 0
+    for node in graph.nodes:
+        if node.target == effc.attention.default:
+            named = arguments(node)
+            fresh = [letter for letter in "kv" if named[letter] not in written]
+            written |= {named["k"], named["v"]}
+            yield node, named, fresh, layers
+            layers += bool(fresh)
 
 
 def add_placeholder(graph: Graph, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:

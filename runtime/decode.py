@@ -14,19 +14,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..compiler.errors import InputError
+from ..compiler.errors import InputError, ModelError
 from .kv_cache import KVCache, Layout
 from .sample import UniformStream, sample
 from .sampling_params import SamplingParams, check_integer, check_max_new_tokens
 
 
 class ModelFacts(Protocol):
-    """What decoding asks of a program's config. max_position: the context length, None if there is no limit."""
+    """What decoding asks of a program's config. max_position: the context length, None if there is no limit.
+
+    inputs: what the model takes. cache_refusal: why it can have no cache; None if it can.
+    """
 
     vocab_size: int
     max_position: int | None
     eos_token_ids: tuple[int, ...]
     cache_layout: Layout
+    inputs: tuple[str, ...]
+    cache_refusal: str | None
 
 
 class Runnable(Protocol):
@@ -65,6 +70,18 @@ def prefill(
         part = input_ids[:, start : start + (chunk or length)]
         logits = run_cached(program, "prefill", part, cache.positions(part.shape[1]), cache)
     return logits[:, -1]
+
+
+def prefill_each(program: Runnable, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+    """Fill the cache with prompts of different lengths: input_ids [B, S], lengths [B] -> logits [B, V].
+
+    Row b holds lengths[b] tokens, then anything. No mask is needed: what is behind a row's end is taken back, with the
+    row's last token, which is then decoded again beside those of the others.
+    """
+    cache.require(input_ids.shape[1])
+    run_cached(program, "prefill", input_ids, cache.positions(input_ids.shape[1]), cache)
+    cache.rollback(input_ids.shape[1] - (lengths - 1))
+    return decode_one(program, input_ids.gather(1, lengths[:, None] - 1), cache)
 
 
 def decode_one(program: Runnable, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -127,6 +144,15 @@ def check_left_padding(attention_mask: Tensor, shape: tuple[int, int]) -> None:
         raise InputError(f"row {row} of attention_mask has a 0 after a 1: only padding at the left is supported")
 
 
+def check_padding(facts: ModelFacts, attention_mask: Tensor | None) -> None:
+    """Raise InputError where a model that cannot hide padding is given some."""
+    if attention_mask is not None and "attention_mask" not in facts.inputs and not bool((attention_mask != 0).all()):
+        raise InputError(
+            "the model takes no attention_mask, so that padding cannot be hidden: give rows of one length, or prompts"
+            " of any lengths to generate_each"
+        )
+
+
 def eos_tokens(program: Runnable, eos_token_id: int | Sequence[int] | None, ignore_eos: bool) -> tuple[int, ...]:
     """The tokens that end a row: those given, else the model's own; none if `ignore_eos`."""
     if ignore_eos:
@@ -152,17 +178,22 @@ def stream(
     cache: KVCache | None = None,
     finished: Tensor | None = None,
     chunk: int | None = None,
+    lengths: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, [B] int64, until `max_new_tokens` or until every row is finished.
 
     A row is finished by an eos token (which is yielded) and then yields `pad_token_id` (None: the first eos token).
     cache: an empty one with room, else one is allocated. finished [B] bool: the rows that are done, updated in
-    place; a caller may set rows too (at a stop string), which takes effect at the next token.
+    place; a caller may set rows too (at a stop string), which takes effect at the next token. lengths [B]: how many
+    tokens each row of input_ids holds, at the left, instead of an attention_mask.
     The arguments are checked by this call, before the first token is asked for.
     """
     params = SamplingParams() if params is None else params
+    if program.config.cache_refusal is not None:
+        raise ModelError(program.config.cache_refusal)
     check_max_new_tokens(max_new_tokens)
     check_prompt(input_ids, attention_mask, max_new_tokens, program.config.vocab_size, program.config.max_position)
+    check_padding(program.config, attention_mask)
     eos = eos_tokens(program, eos_token_id, ignore_eos)
     if pad_token_id is None:
         pad_token_id = eos[0] if eos else 0
@@ -177,8 +208,12 @@ def stream(
     @torch.no_grad()
     def loop() -> Iterator[Tensor]:
         uniforms = None if params.greedy else UniformStream(params.seed, batch, input_ids.device)
-        seen = seen_tokens(input_ids, attention_mask, program.config.vocab_size) if params.penalizes else None
-        logits = prefill(program, input_ids.long(), attention_mask, cache, chunk)
+        held = attention_mask if lengths is None else torch.arange(length, device=input_ids.device) < lengths[:, None]
+        seen = seen_tokens(input_ids, held, program.config.vocab_size) if params.penalizes else None
+        if lengths is not None:
+            logits = prefill_each(program, input_ids.long(), lengths, cache)
+        else:
+            logits = prefill(program, input_ids.long(), attention_mask, cache, chunk)
         for step in range(max_new_tokens):
             tokens = sample(logits, params, uniforms and uniforms.next(), seen)
             if may_stop:
@@ -240,3 +275,36 @@ def generate(
         chunk=chunk,
     )
     return torch.cat([input_ids.long(), torch.stack(list(tokens), dim=1)], dim=1)
+
+
+def generate_each(
+    program: Runnable,
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    params: SamplingParams | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    ignore_eos: bool = False,
+) -> list[Tensor]:
+    """Continue prompts [S_b] of different lengths as one batch; returns ids [S_b + new] of each, up to its eos token.
+
+    Rows keep their own lengths in the cache: there is no padding, and a model without an attention_mask will do.
+    """
+    if not prompts or any(not isinstance(prompt, Tensor) or prompt.dim() != 1 or not len(prompt) for prompt in prompts):
+        raise InputError("expected a list of prompts, each a tensor of at least one token [length]")
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
+    input_ids = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+    eos = eos_tokens(program, eos_token_id, ignore_eos)
+    tokens = stream(
+        program,
+        input_ids,
+        max_new_tokens=max_new_tokens,
+        params=params,
+        eos_token_id=eos_token_id,
+        ignore_eos=ignore_eos,
+        lengths=lengths,
+    )
+    new = torch.stack(list(tokens), dim=1)
+    ends = torch.isin(new, torch.tensor(eos, device=new.device))
+    kept = [int(end.nonzero()[0]) + 1 if bool(end.any()) else len(end) for end in ends]
+    return [torch.cat([prompt.long(), row[:count]]) for prompt, row, count in zip(prompts, new, kept)]

@@ -124,6 +124,13 @@ def test_counts_that_cannot_go_on_are_refused(name):
         materialize_kv(graph, "decode")
 
 
+def test_a_table_that_is_sliced_bounds_the_length():
+    _, graph = compiled(COUNTS["a slice of a table, from 2"])
+    decode = materialize_kv(drop_padding(graph), "decode")
+    assert decode.max_length == 30
+    assert any("the table places_weight ends there" in note for note in decode.notes)
+
+
 def test_counting_is_two_calls_on_past():
     _, graph = compiled(COUNTS["arange"])
     decode = materialize_kv(drop_padding(graph), "decode")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from effc.compiler.errors import InputError
-from effc.runtime.decode import check_prompt, decode_one, extend, generate, prefill, stream
+from effc.compiler.errors import InputError, ModelError
+from effc.runtime.decode import check_prompt, decode_one, extend, generate, generate_each, prefill, stream
 from effc.runtime.kv_cache import KVCache, reuse_or_allocate
 from effc.runtime.sampling_params import SamplingParams
 
@@ -89,6 +89,38 @@ def test_left_padded_batch_equals_transformers_and_single_runs(program):
     for row, alone in zip(found, rows, strict=True):
         single = generate(program, alone, max_new_tokens=15, ignore_eos=True)
         assert row[9:].tolist() == single[0, alone.shape[1] :].tolist()
+
+
+def test_prompts_of_different_lengths_equal_single_runs(program):
+    _, _, rows = padded_batch([9, 3, 1, 6])
+    found = generate_each(program, [row[0] for row in rows], max_new_tokens=15, ignore_eos=True)
+    for row, alone in zip(found, rows, strict=True):
+        assert torch.equal(row, generate(program, alone, max_new_tokens=15, ignore_eos=True)[0])
+
+
+def test_prompts_of_different_lengths_end_at_their_eos(program):
+    _, _, rows = padded_batch([4, 7])
+    free = generate_each(program, [row[0] for row in rows], max_new_tokens=12, ignore_eos=True)
+    eos = int(free[0][4 + 3])
+    found = generate_each(program, [row[0] for row in rows], max_new_tokens=12, eos_token_id=eos)
+    for row, whole, length in zip(found, free, (4, 7), strict=True):
+        new = whole[length:].tolist()
+        expected = new[: new.index(eos) + 1] if eos in new else new
+        assert row.tolist() == whole[:length].tolist() + expected
+
+
+def test_padding_is_refused_where_the_model_cannot_hide_it(program):
+    bare = TinyProgram(program.model)
+    bare.config.inputs = ("input_ids",)
+    with pytest.raises(InputError, match="the model takes no attention_mask"):
+        generate(bare, torch.ones(1, 3, dtype=torch.long), torch.tensor([[0, 1, 1]]), max_new_tokens=2)
+
+
+def test_without_a_cache_nothing_is_decoded(program):
+    bare = TinyProgram(program.model)
+    bare.config.cache_refusal = "no KV cache can be made: x"
+    with pytest.raises(ModelError, match="no KV cache can be made: x"):
+        generate(bare, torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
 
 
 def test_rows_end_at_eos_like_transformers(program):

@@ -39,6 +39,8 @@ class Facts:
     max_position: int | None
     eos_token_ids: tuple[int, ...]
     cache_layout: list
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
+    cache_refusal: str | None = None
 
 
 @dataclass
