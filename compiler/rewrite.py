@@ -137,6 +137,7 @@ def apply(graph: Graph, node: fx.Node, rule: Rule, misses: list[Miss]) -> bool:
         replacement = rule.rewrite(match)
         if replacement is not None and replacement is not node:
             replace(graph, node, replacement)
+            erase_unused(graph, *match.created)
             return True
         erase_unused(graph, *match.created)
         reason = reason or match.reason

@@ -228,13 +228,6 @@ ALONE = {
         lambda tri, q, k, v, am: (q @ repeated(k).mT).softmax(-2) @ repeated(v),
         "not over the keys",
     ),
-    "softcap": (lambda tri, q, k, v, am: (q @ repeated(k).mT).tanh().softmax(-1) @ repeated(v), "softcap"),
-    "sinks": (
-        lambda tri, q, k, v, am: (
-            torch.cat((q @ repeated(k).mT, q.mean(-1, keepdim=True)), dim=-1).softmax(-1)[..., :-1] @ repeated(v)
-        ),
-        "attention sinks",
-    ),
     "another order": (
         lambda tri, q, k, v, am: (
             ((q @ repeated(k).mT + torch.where(causal(k), 0.0, LOWEST)) * 0.5).softmax(-1) @ repeated(v)
@@ -242,12 +235,6 @@ ALONE = {
         "scaled after the mask",
     ),
     "no product": (lambda tri, q, k, v, am: q.exp().softmax(-1) @ q.mT.contiguous().mT.mT @ q, "exp"),
-    "heads in the batch": (
-        lambda tri, q, k, v, am: sdpa(q.flatten(0, 1), repeated(k).flatten(0, 1), repeated(v).flatten(0, 1)).unflatten(
-            0, (-1, H)
-        ),
-        "ranks [3, 3, 3]",
-    ),
 }
 
 
