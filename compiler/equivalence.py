@@ -202,10 +202,16 @@ def compare_once(pair: Pair, sampler: Sampler, known: dict[str, Any], eager_erro
 def values(graph: Graph, sampler: Sampler, known: dict[str, Any], dtype: torch.dtype | None = None) -> list[Any]:
     """The outputs of a region, flat."""
     given = inputs_of(graph, sampler, known)
-    if dtype is not None:
-        recipes = {name: widened(w) if w.dtype.is_floating_point else w for name, w in graph.weights.items()}
-        graph = replace(graph, weights=recipes)
+    graph = recipes_in_fp64(graph, dtype)
     return pytree.tree_leaves(interpret.run(graph, given, sampler, states_of(graph, sampler), dtype=dtype))
+
+
+def recipes_in_fp64(graph: Graph, dtype: torch.dtype | None) -> Graph:
+    """The graph with weights that are computed in fp64, if `dtype` says so."""
+    if dtype is None:
+        return graph
+    recipes = {name: widened(w) if w.dtype.is_floating_point else w for name, w in graph.weights.items()}
+    return replace(graph, weights=recipes)
 
 
 def inputs_of(graph: Graph, sampler: Sampler, known: dict[str, Any]) -> dict[str, Any]:

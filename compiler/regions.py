@@ -149,7 +149,7 @@ class Cutter:
             if node in found:
                 continue
             found.add(node)
-            if node.op == "placeholder" or (node not in roots and ends(node)):
+            if node.op == "placeholder" or ends(node):
                 leaves.add(node)
             else:
                 pending.extend(node.all_input_nodes)

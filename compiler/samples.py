@@ -1,7 +1,8 @@
 """Random values for what a graph is given: sizes, inputs, states, and weights that no file is read for.
 
-Sizes are small and differ from each other. Integers count along their last axis, which suits tokens, positions and
-slots of a cache; masks hide the second or third key and never the first, so that no query is left without keys.
+Sizes are small and differ where those of the traced example do. Integers count along their last axis, which suits
+tokens, positions and slots of a cache; masks hide the second or third key and never the first, so that no query is
+left without keys.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from .weights import Cast, Constant, Read, Shape, Weight
 
 Sizes = Mapping[sympy.Symbol, int]
 
-SMALL_SIZES = (2, 5, 7, 3, 4, 6)
-"""Sizes in the order in which symbols get them, where their bounds allow."""
+SMALL_SIZES = (2, 5, 7, 11, 13, 17)
+"""Sizes by their order in the example that was traced; what is larger than all of these keeps its size."""
 
 
 def size_symbols(graph: Graph) -> list[sympy.Symbol]:
@@ -40,17 +41,6 @@ def size_exprs(value: Any) -> list[sympy.Expr]:
     return [size_expr(value)] if isinstance(value, torch.SymInt) else []
 
 
-def small_sizes(graph: Graph, turn: int = 0) -> dict[sympy.Symbol, int]:
-    """A small size for each symbol, within the bounds that the trace derived. turn: another choice."""
-    ranges = fake_mode(graph).shape_env.var_to_range
-    chosen = {}
-    for position, symbol in enumerate(size_symbols(graph), turn):
-        wanted, bounds = SMALL_SIZES[position % len(SMALL_SIZES)], ranges.get(symbol)
-        low, high = (bounds.lower, bounds.upper) if bounds is not None else (1, wanted)
-        chosen[symbol] = int(min(max(wanted, low), high))
-    return chosen
-
-
 def traced_sizes(graph: Graph) -> dict[sympy.Symbol, int]:
     """The sizes of the example that the graph was traced with: they meet every condition that it was traced under."""
     found = {}
@@ -60,6 +50,21 @@ def traced_sizes(graph: Graph) -> dict[sympy.Symbol, int]:
             if isinstance(size, torch.SymInt) and size_expr(size).is_Symbol:
                 found[size_expr(size)] = int(size.node.hint)
     return {symbol: found[symbol] for symbol in size_symbols(graph) if symbol in found}
+
+
+def small_sizes(graph: Graph) -> dict[sympy.Symbol, int]:
+    """A small size for each symbol, within its bounds; sizes that are equal or in some order in the example stay so.
+
+    (Dynamo gives keys and values of a cache two symbols, and nothing but their example says that they are one.)
+    """
+    ranges, traced = fake_mode(graph).shape_env.var_to_range, traced_sizes(graph)
+    small = dict(zip(sorted(set(traced.values())), SMALL_SIZES))
+    chosen = {}
+    for symbol, example in traced.items():
+        bounds = ranges.get(symbol)
+        low, high = (bounds.lower, bounds.upper) if bounds is not None else (0, example)
+        chosen[symbol] = int(min(max(small.get(example, example), low), high))
+    return chosen
 
 
 def shape_at(value: Tensor, sizes: Sizes) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ SANITIZE = "EFFC_TEST_SANITIZE"
 
 
 def pytest_configure() -> None:
-    """Tests keep out of the user's models and programs; what they compile serves the next run."""
+    """Tests keep out of the user's models and programs; what they compile serves the next run. Passes are verified."""
+    os.environ.setdefault("EFFC_VERIFY", "1")
     folder = os.environ.get(TEST_CACHE) or platformdirs.user_cache_path("effc-tests", appauthor=False)
     os.environ["EFFC_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(Path(folder) / "triton")

@@ -15,6 +15,7 @@ from effc.compiler.weights import Concat, Read
 from effc.passes import PASSES, pipeline
 from effc.passes.fuse_attention import fuse_attention
 from effc.passes.fuse_norm import fuse_norm
+from effc.passes.materialize_kv import materialize_kv
 from torch import Tensor, nn
 
 from .families import tiny_model, traced
@@ -193,3 +194,22 @@ def test_infinities_must_stand_where_they_stood():
     graph = graph_of(Masked(), example(2, 5, 8))
     with pytest.raises(VerificationError, match="NaN or infinity in other places"):
         check(graph, after(graph, finite), "finite")
+
+
+@pytest.mark.parametrize("kind", ["prefill", "extend", "decode"])
+def test_a_cache_gives_the_logits_of_the_graph_without_one(kind, monkeypatch):
+    def forget_the_first_token(graph: Graph) -> Graph:
+        cached = materialize_kv(graph, kind)
+        for node in list(cached.nodes):
+            if node.target is effc.cached_attention.default:
+                visible = insert(cached, node, node.target, *node.args, **node.kwargs | {"visible": "k >= 1"})
+                replace(cached, node, visible)
+        return cached
+
+    monkeypatch.setenv("EFFC_VERIFY", "1")
+    fused, _ = pipeline.run(traced()[1])
+    _, report = pipeline.run(fused, pipeline.cached(kind))
+    assert (report.steps[0].checked.changes, report.steps[0].checked.unchecked) == (1, [])
+    unpadded, _ = pipeline.run(fused, pipeline.UNPADDED)
+    with pytest.raises(VerificationError, match=f"graph {kind}: expected the logits of the graph without a cache"):
+        pipeline.run(unpadded, [forget_the_first_token])
