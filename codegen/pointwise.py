@@ -33,6 +33,9 @@ ONE, ZERO = sympy.Integer(1), sympy.Integer(0)
 MAX_COLUMNS = 16384
 """The longest row that a reduction holds in one tile."""
 
+PLACE = r"\w+_at_row(_\d+)?"
+"""Names of variables that hold an index which was read from a tensor."""
+
 RESERVED = frozenset({"row", "col", "row_mask", "col_mask", "program", "tl", "triton", "float", *keyword.kwlist})
 """Names that variables of a kernel must not take."""
 
@@ -244,7 +247,7 @@ class RowKernel:
         """The lanes of the tile that may touch memory, as far as the index depends on them."""
         terms = list(self.condition)
         symbols = {symbol.name for symbol in expr.free_symbols} if expr is not None else None
-        on_rows = symbols is None or any(name == "row" or re.fullmatch(r"i\d+|\w+_at_row", name) for name in symbols)
+        on_rows = symbols is None or any(name == "row" or re.fullmatch(rf"i\d+|{PLACE}", name) for name in symbols)
         if on_rows and self.domain.row_count != 1:
             terms.append("row_mask")
         on_cols = symbols is None or self.condition or not self.across.isdisjoint(symbols)
@@ -285,7 +288,7 @@ class RowKernel:
         variable = self.fresh(name)
         if self.is_across(f"{place} {mask}"):
             self.across.add(variable)
-        gathers = any(symbol.name.endswith("_at_row") for symbol in expr.free_symbols)
+        gathers = any(re.fullmatch(PLACE, symbol.name) for symbol in expr.free_symbols)
         (self.body if gathers or self.condition else self.loads).append(f"{variable} = {call}")
         return Value(variable, dtype)
 

@@ -259,13 +259,6 @@ def full(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     return kernel.let(node, f"tl.full([1, 1], {text}, {TL_TYPES[compute_type(dtype_of(node))]})")
 
 
-@emits(aten.embedding.default)
-def embedding(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
-    table, ids = node.args[:2]
-    row = kernel.index_from(kernel.value(ids, index[:-1]))
-    return kernel.value(table, (row, index[-1]))
-
-
 @emits(aten.cat.default)
 def cat(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     """Each lane takes its value from the part that its index falls into; the others are masked off."""

@@ -11,7 +11,16 @@ from torch import fx
 
 from ..compiler.graph import sizes
 from ..compiler.ops import OPS
-from . import attention, linear, moe, pointwise_ops, reductions, rope, top_k  # noqa: F401  (the two fill EMITTERS)
+from . import (  # noqa: F401  (gathers, pointwise_ops and reductions fill EMITTERS)
+    attention,
+    gathers,
+    linear,
+    moe,
+    pointwise_ops,
+    reductions,
+    rope,
+    top_k,
+)
 from .kernel import Layout
 from .pointwise import EMITTERS, Slot
 from .scope import Scope

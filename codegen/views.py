@@ -229,6 +229,30 @@ def broadcast_index(source: Index, index: Index) -> Index:
     return tuple(ZERO if size == 1 else position for size, position in zip(source, tail))
 
 
+def repeat_index(node: fx.Node, index: Index) -> Index:
+    """Copies of the whole stand one after another; axes that the source lacks count copies only."""
+    source = sizes(node.args[0])
+    tail = index[len(index) - len(source) :]
+    return tuple(
+        position if size == length else ZERO if size == 1 else Mod(position, size)
+        for position, size, length in zip(tail, source, sizes(node)[len(index) - len(source) :])
+    )
+
+
+def repeat_interleave_index(node: fx.Node, index: Index) -> Index:
+    """Copies of an element stand next to each other; without a dim, of the flattened source."""
+    source, count = sizes(node.args[0]), size_expr(node.args[1])
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if dim is None:
+        return reshape_index(source, (sympy.prod(source),), (FloorDiv(index[0], count),))
+    dim %= len(index)
+    return (*index[:dim], FloorDiv(index[dim], count), *index[dim + 1 :])
+
+
+def no_layout(node: fx.Node, source: Layout) -> None:
+    return None
+
+
 def slice_layout(node: fx.Node, source: Layout) -> Layout:
     dim = axis(node, 1)
     start, step = slice_start(node)
@@ -300,7 +324,8 @@ LAYOUTS: dict[Any, Callable[[fx.Node, Layout], Layout | None]] = {
     **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default), permute_layout),
     aten.unsqueeze.default: unsqueeze_layout,
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze_layout),
-    aten.expand.default: expand_layout,
+    **dict.fromkeys((aten.expand.default, aten.expand_as.default), expand_layout),
+    **dict.fromkeys((aten.repeat.default, aten.repeat_interleave.self_int), no_layout),
     **dict.fromkeys((aten.slice.Tensor, aten.narrow.default), slice_layout),
     aten.select.int: select_layout,
     operator.getitem: part_layout,
@@ -312,7 +337,9 @@ INDICES: dict[Any, Callable[[fx.Node, Index], Index]] = {
     **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default), permute_index),
     aten.unsqueeze.default: unsqueeze_index,
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), squeeze_index),
-    aten.expand.default: expand_index,
+    **dict.fromkeys((aten.expand.default, aten.expand_as.default), expand_index),
+    aten.repeat.default: repeat_index,
+    aten.repeat_interleave.self_int: repeat_interleave_index,
     **dict.fromkeys((aten.slice.Tensor, aten.narrow.default), slice_index),
     aten.select.int: select_index,
     operator.getitem: part_index,

@@ -15,7 +15,7 @@ from torch import fx
 from .graph import Graph, is_tensor
 from .pattern import CASTS, arguments
 from .rewrite import add_weight
-from .weights import Add, Cast, Concat, Constant, Multiply, Reshape, Slice, Transpose, Weight
+from .weights import Add, Call, Cast, Concat, Constant, Multiply, Reshape, Slice, Transpose, Weight
 
 aten = torch.ops.aten
 
@@ -60,6 +60,26 @@ def base_weights(graph: Graph, node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
+def used_elsewhere(base: fx.Node, node: fx.Node) -> bool:
+    """Whether a weight has users besides the computation of `node`, or `node` itself more than one."""
+    if base is node:
+        return len(base.users) > 1
+    inside, pending = {node}, [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in inside:
+                inside.add(source)
+                pending.append(source)
+    pending = [base]
+    while pending:
+        for user in pending.pop().users:
+            if user not in inside:
+                return True
+            if user is not node:
+                pending.append(user)
+    return False
+
+
 def recipe_of(graph: Graph, node: fx.Node) -> Weight | None:
     """The recipe of a tensor that is computed from weights alone, exactly as eager computes it; else None."""
     if node.name in graph.weights:
@@ -68,14 +88,14 @@ def recipe_of(graph: Graph, node: fx.Node) -> Weight | None:
         return None
     value = node.meta["val"]
     if node.target in (aten.add.Tensor, aten.mul.Tensor):
-        return elementwise(graph, node)
+        return elementwise(graph, node) or called(graph, node)
     if node.target is aten.cat.default:
         sources = [recipe_of(graph, source) for source in node.args[0]]
         if None in sources or len({source.dtype for source in sources}) > 1:
             return None
         return Concat(tuple(sources), arguments(node)["dim"])
     if not node.args or not isinstance(node.args[0], fx.Node):
-        return None
+        return called(graph, node)
     source = recipe_of(graph, node.args[0])
     if source is None:
         return None
@@ -90,7 +110,32 @@ def recipe_of(graph: Graph, node: fx.Node) -> Weight | None:
         return transposed(source, permutation(node))
     if node.target is aten.slice.Tensor:
         return part_of(source, arguments(node))
-    return None
+    return called(graph, node)
+
+
+def called(graph: Graph, node: fx.Node) -> Weight | None:
+    """Any other function of weights (a head whose rows are normalized), where the result is no larger than they are."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return None
+    if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
+        return None
+    args = []
+    for argument in node.target._schema.arguments:
+        value = arguments(node)[argument.name]
+        if isinstance(value, fx.Node):
+            value = recipe_of(graph, value)
+            if value is None:
+                return None
+        elif isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value):
+            value = tuple(value)
+        elif argument.kwarg_only and value == argument.default_value:
+            continue
+        elif argument.kwarg_only or not isinstance(value, int | float | str | None):
+            return None
+        args.append(value)
+    value = node.meta["val"]
+    recipe = Call(str(node.target), tuple(args), tuple(value.shape), value.dtype)
+    return recipe if recipe.numel <= max((source.numel for source in recipe.inputs), default=0) else None
 
 
 def static(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -283,6 +283,32 @@ class Multiply(_Elementwise):
 
 
 @dataclass(frozen=True, repr=False)
+class Call(Weight):
+    """What an ATen op makes of weights and plain values; evaluated with all of its inputs at once.
+
+    op: as `torch.ops` spells it, "aten.linalg_vector_norm.default". args: in the order of its schema, recipes among
+    them.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def inputs(self) -> tuple[Weight, ...]:
+        return tuple(argument for argument in self.args if isinstance(argument, Weight))
+
+    def key(self) -> str:
+        return f"call({self.op}, {', '.join(map(repr, self.args))})"
+
+    def __call__(self, source: TensorSource) -> Tensor:
+        namespace, name, overload = self.op.split(".")
+        function = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        return function(*(evaluate(arg, source) if isinstance(arg, Weight) else arg for arg in self.args))
+
+
+@dataclass(frozen=True, repr=False)
 class Pack(_SameDtype):
     """Panels for the linear kernels: [N, K] --> [ceil(N / block), K, block], the rows beyond N zero.
 
@@ -335,6 +361,8 @@ def evaluate(weight: Weight, source: TensorSource, out: Tensor | None = None) ->
             return evaluate(weight.left, source) + evaluate(weight.right, source)
         case Multiply():
             return evaluate(weight.left, source) * evaluate(weight.right, source)
+        case Call():
+            return weight(source)
         case Concat() | Pack() | Cast():
             return evaluate(weight, source, torch.empty(weight.shape, dtype=weight.dtype))
     raise TypeError(f"expected a weight recipe, found {type(weight).__name__}")
@@ -406,8 +434,8 @@ def substitute(weight: Weight, recipes: Mapping[str, Weight]) -> Weight:
         value = getattr(weight, field_.name)
         if isinstance(value, Weight):
             changes[field_.name] = substitute(value, recipes)
-        elif isinstance(weight, Concat) and field_.name == "sources":
-            changes[field_.name] = tuple(substitute(source, recipes) for source in weight.sources)
+        elif isinstance(value, tuple) and any(isinstance(part, Weight) for part in value):
+            changes[field_.name] = tuple(substitute(x, recipes) if isinstance(x, Weight) else x for x in value)
     return replace(weight, **changes) if changes else weight
 
 

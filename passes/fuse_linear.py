@@ -18,7 +18,7 @@ from collections import defaultdict
 import torch
 from torch import fx
 
-from ..compiler.fold import base_weights, recipe_of, transposed, weight_of
+from ..compiler.fold import base_weights, recipe_of, transposed, used_elsewhere, weight_of
 from ..compiler.graph import Graph, dtype_of, is_tensor, sizes
 from ..compiler.ops import OPS
 from ..compiler.pattern import any_, arguments, op, tensor
@@ -74,7 +74,7 @@ def to_linear(match: Match, matrix: str = "weight", turn: tuple[int, int] = (0, 
     recipe, base = transposed(recipe, turn), base_weights(graph, found)[0]
     if not is_bias(graph, bias, recipe.shape[0]):
         return match.decline(f"the addend {bias.name} is not a weight with one entry per output")
-    if recipe not in graph.weights.values() and len(base.users) > 1:
+    if recipe not in graph.weights.values() and used_elsewhere(base, found):
         return match.decline(f"{base.name} is used elsewhere too: another layout of it would keep it twice")
     weight = add_weight(graph, f"{base.name}_{type(recipe).__name__.lower()}", recipe)
     return match.call(linear, match["x"], weight, *(() if bias is None else (weight_of(graph, bias),)))
