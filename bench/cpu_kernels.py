@@ -30,7 +30,6 @@ from effc.speed import surroundings
 from kernels.case import Case, Function
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 MODULES = ("elementwise", "attention", "matmul", "gemv", "launch")
 HELD_TO_AVX2 = {
     "EFFC_ISA": "avx2",
@@ -101,13 +100,7 @@ def main(arguments: list[str]) -> int:
         "turns": options.turns,
         "parts": parts,
     }
-    text = markdown(result)
-    print(json.dumps(result, indent=2) if options.json else text)
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        name = f"cpu_kernels-{result['date'][:10]}-{result['commit']}"
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        (RESULTS / f"{name}.md").write_text(text + "\n")
+    measure.report(result, markdown(result), "cpu_kernels", as_json=options.json, save=options.save)
     return 0
 
 

@@ -7,7 +7,6 @@ bandwidth, which bounds decoding, and with the receipt of what effc computed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import asdict
@@ -28,7 +27,6 @@ from effc.startup import measure as measure_startup
 from engines import InductorEngine, LlamaCppEngine
 from torch import nn
 
-RESULTS = Path(__file__).parent / "results"
 EAGER = "Hugging Face eager"
 
 
@@ -55,13 +53,7 @@ def main(arguments: list[str]) -> int:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(options, name)}")
     torch.set_num_threads(options.threads)
     result = run(options)
-    text = markdown(result)
-    print(json.dumps(result, indent=2) if options.json else text)
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        name = f"decode-{result['date'][:10]}-{result['commit']}"
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        (RESULTS / f"{name}.md").write_text(text + "\n")
+    measure.report(result, markdown(result), "decode", as_json=options.json, save=options.save)
     return 0
 
 

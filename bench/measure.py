@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from effc.codegen.cpu.target import host_target
 
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "llama-cpp-python")
 VECTOR_FLAGS = re.compile(r"avx\w*|fma|f16c|amx\w*|asimd\w*|sve\w*|i8mm|bf16")
 
@@ -71,6 +73,19 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def report(result: dict[str, Any], text: str, name: str, *, as_json: bool, save: bool) -> None:
+    """Print a result, as `text` or as JSON; with `save`, write both under `bench/results/`.
+
+    result: with "date" and "commit", which the files are named after.
+    """
+    print(json.dumps(result, indent=2) if as_json else text)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        stem = f"{name}-{result['date'][:10]}-{result['commit']}"
+        (RESULTS / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / f"{stem}.md").write_text(text + "\n")
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 40) -> float:

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from effc.codegen.cpu import launch, lower
-from effc.compiler.errors import UnsupportedKernel
 
 SIZE = 256
 
@@ -133,15 +132,3 @@ def test_map_elementwise_runs_a_scalar_function_with_loops(isa):
     assert steps.tolist() == [count(v, w % 50) for v, w in zip(x.tolist(), y.tolist(), strict=True)]
     assert torch.equal(low, torch.minimum(x, y))
     assert torch.equal(high, torch.maximum(x, y))
-
-
-@triton.jit
-def assembly_kernel(x_ptr):
-    x = tl.load(x_ptr + tl.arange(0, 16))
-    y = tl.inline_asm_elementwise("add.s32 $0, $1, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-    tl.store(x_ptr + tl.arange(0, 16), y)
-
-
-def test_inline_assembly_is_refused_with_its_line():
-    with pytest.raises(UnsupportedKernel, match=r"test_cpu_random.py:\d+: tt.elementwise_inline_asm"):
-        lower(assembly_kernel, {"x_ptr": "*i32"}, {})

@@ -13,22 +13,10 @@ import sympy
 import torch
 from effc.codegen.cpu import CppKernel, build_library, host_target, lower, with_prelude
 from effc.codegen.emit import StepPrinter, run_buffers
-from effc.codegen.kernel import Buffer, Kernel, Launch, Pointer, Schedule
+from effc.codegen.kernel import TRITON_TYPES, Buffer, Kernel, Launch, Pointer, Schedule
 from effc.codegen.memory import plan_memory
 from torch import Tensor
 
-TYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
 Function = Callable[[], Any]
 
 
@@ -77,7 +65,7 @@ class Call:
     @property
     def signature(self) -> dict[str, str]:
         return {
-            name: "*" + TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            name: "*" + TRITON_TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
             for name, value in self.arguments.items()
         }
 
