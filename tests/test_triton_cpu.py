@@ -12,6 +12,8 @@ import triton.language as tl
 from effc.compiler.errors import InputError, KernelFailed, OutOfBounds, UnsupportedKernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -326,6 +328,32 @@ def positive_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + i)
     tl.device_assert(x > 0, "not positive")
     tl.store(out_ptr + i, tl.log(x))
+
+
+@gluon.jit
+def gluon_kernel(x_ptr, BLOCK: gl.constexpr):
+    i = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.store(x_ptr + i, gl.load(x_ptr + i) + 1)
+
+
+def test_a_kernel_for_the_threads_of_a_gpu_is_refused():
+    x = torch.zeros(128)
+    with pytest.raises(UnsupportedKernel, match=r"expected a kernel of triton\.jit, found one of gluon\.jit"):
+        gluon_kernel[(1,)](x, BLOCK=128)
+    assert not x.any()
+
+
+@triton.jit
+def specialized_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    for start in tl.range(0, n, BLOCK, num_stages=3, warp_specialize=True, flatten=True, loop_unroll_factor=2):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + i, 2 * tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+def test_how_a_gpu_should_run_a_loop_changes_nothing():
+    x, out = random(N), torch.zeros(N)
+    specialized_kernel[(1,)](x, out, N, BLOCK=64)
+    assert torch.equal(out, 2 * x)
 
 
 def test_assertions_hold_where_debugging_asks_for_them(monkeypatch):

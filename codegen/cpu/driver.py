@@ -12,7 +12,7 @@ import os
 import time
 from types import ModuleType, SimpleNamespace
 
-from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.backends.compiler import BaseBackend, GPUTarget, Language
 from triton.backends.driver import DriverBase
 from triton.runtime.errors import OutOfResources
 
@@ -82,7 +82,12 @@ class CpuBackend(BaseBackend):
     def pack_metadata(self, metadata) -> None:
         return None
 
-    def add_stages(self, stages: dict, options: CpuOptions, language=None) -> None:
+    def add_stages(self, stages: dict, options: CpuOptions, language: Language = Language.TRITON) -> None:
+        if language is not Language.TRITON:
+            raise UnsupportedKernel(
+                f"expected a kernel of triton.jit, found one of {language.name.lower()}.jit, which lays tensors out for"
+                " the threads of a GPU: write it in triton.language to run it on a CPU"
+            )
         stages["ttir"] = lambda module, metadata: optimize(module, module.context)
         stages["cpp"] = self.print_cpp
         stages["so"] = self.build
