@@ -73,7 +73,7 @@ class GraphExplanation:
         for missing in self.missing:
             lines.append(f"  through ATen: {missing.node} = {missing.op}: {missing.reason}  {missing.source}".rstrip())
         lines += [f"  fusion: {decision}" for decision in self.fusion]
-        lines += [f"  near miss: {miss}" for miss in self.misses]
+        lines += [f"  near miss in {miss.during}: {miss}" for miss in self.misses]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -13,6 +13,7 @@ A pass mutates the graph it is given; whoever wants to keep the original copies 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .estimate import Estimate, of_fusing
 from .graph import Graph
 from .pattern import Bindings, Pattern
 from .weights import Weight
@@ -32,16 +34,33 @@ from .weights import Weight
 class Miss:
     """Something that looked like a match and was left alone.
 
-    node: its name. rule: the rule that declined. reason: why. source: the model's line that made the node.
+    node: its name. rule: the rule that declined. reason: why. source: the model's line that made the node. cost: what
+    a step of decoding loses by it. during: the pass that it happened in.
     """
 
     node: str
     rule: str
     reason: str
     source: str
+    cost: Estimate | None = None
+    during: str = ""
+
+    @classmethod
+    def at(cls, node: fx.Node, rule: str, reason: str, cost: Estimate | None = None) -> Miss:
+        return cls(node.name, rule, reason, source_line(node), cost)
+
+    def within(self, name: str, step: int) -> Miss:
+        """The same as a miss of the pass `name`, its cost as a part of a step that moves `step` bytes."""
+        cost = self.cost
+        if cost is not None and step:
+            cost = dataclasses.replace(cost, share=cost.bytes / step)
+        return dataclasses.replace(self, cost=cost, during=name)
 
     def __str__(self) -> str:
-        return f"{self.node}: {self.rule} does not apply: {self.reason}" + (f"  # {self.source}" * bool(self.source))
+        text = f"{self.node}: {self.rule} does not apply: {self.reason}"
+        if self.cost is not None:
+            text += f"; costs {self.cost}"
+        return text + (f"  # {self.source}" if self.source else "")
 
 
 @dataclass
@@ -131,7 +150,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule]) -> PassResult:
 
 def apply(graph: Graph, node: fx.Node, rule: Rule, misses: list[Miss]) -> bool:
     """Replace `node` if the rule applies to it; whether it did. A match that the rule declines is added to `misses`."""
-    reason = None
+    reason, cost = None, None
     for bindings in rule.pattern.match(node, Bindings(graph, {}, ())):
         match = Match(graph, node, bindings)
         replacement = rule.rewrite(match)
@@ -140,9 +159,10 @@ def apply(graph: Graph, node: fx.Node, rule: Rule, misses: list[Miss]) -> bool:
             erase_unused(graph, *match.created)
             return True
         erase_unused(graph, *match.created)
-        reason = reason or match.reason
+        if reason is None and match.reason is not None:
+            reason, cost = match.reason, of_fusing(match.nodes, node)
     if reason is not None:
-        misses.append(Miss(node.name, rule.name, reason, source_line(node)))
+        misses.append(Miss.at(node, rule.name, reason, cost))
     return False
 
 

@@ -18,6 +18,7 @@ from collections import defaultdict
 import torch
 from torch import fx
 
+from ..compiler.estimate import Estimate, per_token
 from ..compiler.fold import base_weights, recipe_of, transposed, used_elsewhere, weight_of
 from ..compiler.graph import Graph, dtype_of, is_tensor, sizes
 from ..compiler.ops import OPS
@@ -31,8 +32,8 @@ from ..compiler.rewrite import (
     insert,
     replace,
     rewrite,
-    source_line,
 )
+from ..compiler.vocabulary import nbytes
 from ..compiler.weights import Concat, Constant, Weight
 
 aten = torch.ops.aten
@@ -194,7 +195,8 @@ def declined(node: fx.Node, group: list[fx.Node], misses: list[Miss]) -> bool:
     elif dtype_of(weight) != dtype_of(first):
         reason = f"the weight is {dtype_of(weight)}, that of {group[0].name} {dtype_of(first)}"
     if reason is not None:
-        misses.append(Miss(node.name, "merge linears", reason, source_line(node)))
+        input_again = Estimate(per_token(nbytes(node.args[0])), launches=1)
+        misses.append(Miss.at(node, "merge linears", reason, input_again))
     return reason is not None
 
 

@@ -29,7 +29,7 @@ from ..compiler.gate_expressions import BINARY, FUNCTIONS, parse
 from ..compiler.graph import Graph, dtype_of, is_tensor, sizes
 from ..compiler.ops import OPS
 from ..compiler.pattern import Bindings, Pattern, any_, arguments, cast, const, maybe_cast, op, part, tensor
-from ..compiler.rewrite import Match, Miss, PassResult, Rule, add_weight, rewrite, source_line
+from ..compiler.rewrite import Match, Miss, PassResult, Rule, add_weight, rewrite
 from ..compiler.weights import Reshape, Transpose, Weight
 
 aten = torch.ops.aten
@@ -247,7 +247,7 @@ def fuse_moe(graph: Graph) -> PassResult:
     result = rewrite(graph, (TOP_K, Rule("moe", cast(pattern), build), Rule("moe", pattern, build)))
     if all(miss.rule != "moe" for miss in result.misses):
         stray = [node for node in graph.nodes if node.target in targets]
-        result.misses += [Miss(node.name, "moe", STRAY, source_line(node)) for node in stray]
+        result.misses += [Miss.at(node, "moe", STRAY) for node in stray]
     return result
 
 

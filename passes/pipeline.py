@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..compiler.errors import InputError
+from ..compiler.estimate import step_bytes
 from ..compiler.files import refusals, write_atomically
 from ..compiler.graph import Graph
 from ..compiler.rewrite import Miss, PassResult
@@ -163,7 +164,8 @@ def run_pass(graph: Graph, function: Pass, verify: bool, folder: Path | None = N
         except VerificationError as error:
             raise VerificationError(f"after {name_of(function)}: {error}") from error
     checked = None if original is None else check_values(original, graph, name_of(function), folder)
-    step = Step(name_of(function), seconds, result.matches, result.misses, changes, sum(after.values()), checked)
+    misses = [miss.within(name_of(function), step_bytes(graph)) for miss in result.misses]
+    step = Step(name_of(function), seconds, result.matches, misses, changes, sum(after.values()), checked)
     return graph, step
 
 
