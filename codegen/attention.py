@@ -67,6 +67,11 @@ class Attention:
         return int(sizes(self.operands["v"])[3])
 
     @property
+    def key_index(self) -> str:
+        """The positions of a block of keys, in a row."""
+        return "at[None, :]" if self.operands.get("ring") is None else "k_at[None, :]"
+
+    @property
     def float_mask(self) -> bool:
         return "mask" in self.layouts and self.layouts["mask"].buffer.dtype != torch.bool
 
@@ -122,6 +127,8 @@ def shared_values(attention: Attention, arguments: Arguments, indices: dict[str,
         "groups": attention.groups,
         "ratio": attention.heads // attention.groups,
         "window": operands["window"],
+        "ring": operands.get("ring"),
+        "k_at": attention.key_index.removesuffix("[None, :]"),
         "key_mask": "key_mask" in layouts,
         "mask": None,
         "bias": bias,
@@ -207,7 +214,7 @@ def constants(attention: Attention, arguments: Arguments, **blocks: int) -> None
 def tiled(attention: Attention) -> Launch:
     """Each program computes a tile of queries of one head."""
     operands, layouts, arguments = attention.operands, attention.layouts, Arguments()
-    names = {"b": "batch", "h": "head", "q": "q_at[:, None]", "k": "at[None, :]"}
+    names = {"b": "batch", "h": "head", "q": "q_at[:, None]", "k": attention.key_index}
     values = shared_values(attention, arguments, names)
     arguments.pointer("out_ptr", attention.out)
     values |= result_values(attention, arguments)
@@ -262,10 +269,11 @@ def lower_split(scope: Scope, attention: Attention) -> None:
 
 def split(attention: Attention, scratch: dict[str, Layout]) -> Launch:
     target, arguments = attention.target, Arguments()
-    names = {"b": "batch", "h": "head[:, None]", "q": "q_at", "k": "at[None, :]"}
+    names = {"b": "batch", "h": "head[:, None]", "q": "q_at", "k": attention.key_index}
     values = shared_values(attention, arguments, names)
     for name, layout in scratch.items():
         arguments.pointer(f"{name}_ptr", layout)
+    t = arguments.size("T", sizes(attention.operands["k"])[2]) if values["ring"] is not None else None
     ratio = values["ratio"]
     block_h = max(power_of_two(ratio), target.min_dot_size)
     constants(attention, arguments, BLOCK_H=block_h, BLOCK_N=target.decode_keys)
@@ -276,6 +284,7 @@ def split(attention: Attention, scratch: dict[str, Layout]) -> Launch:
         (attention.node.name,),
         splits=target.splits,
         tiled=False,
+        t=t,
         value_size=attention.value_size,
         masks_v=attention.value_size != head_block(attention.value_size, target),
         **bounds(attention, f"(member[:, None] < {ratio})"),

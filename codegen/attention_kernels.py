@@ -13,6 +13,12 @@ KEY_BLOCKS = (
     """
     for first in range(first_key, last_key, BLOCK_N):
         at = first + key
+#% if ring is not none
+        k_at = last_at - (last_at - at) % ({{ t }} - {{ ring }})
+#% if ring
+        k_at = tl.where(at < {{ ring }}, at, k_at)
+#% endif
+#% endif
         k = tl.load(k_head + at[None, :].to(tl.int64) * {{ k[2] }} + dim[:, None], mask={{ k_mask }}, other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * {{ scale }}
 #% if softcap
@@ -39,10 +45,12 @@ KEY_BLOCKS = (
 #% endif
         visible = at[None, :] < last_key
 #% if tiled and causal
-        visible = visible & (at[None, :] <= q_at[:, None])
+        visible = visible & ({{ k_at }}[None, :] <= q_at[:, None])
 #% endif
 #% if tiled and window
-        visible = visible & (at[None, :] > q_at[:, None] - {{ window }})
+        visible = visible & ({{ k_at }}[None, :] > q_at[:, None] - {{ window }})
+#% elif ring is not none and window
+        visible = visible & (k_at[None, :] > q_at - {{ window }})
 #% endif
 #% if condition
         visible = visible & {{ condition }}
@@ -69,7 +77,11 @@ KEY_BLOCKS = (
         largest = new_largest
 """
 )
-"""The loop over keys. Defined before it: q, its position q_at, first_key and last_key, largest, total and out."""
+"""The loop over keys. Defined before it: q, its position q_at, first_key and last_key, largest, total and out.
+
+first_key and last_key bound the slots to read. `k_at` is the position of a slot's key; in a ring, whose slots from
+{{ ring }} on are used in turn, that is the last one up to last_at, the last position written, that fell there.
+"""
 
 TILED = (
     """
@@ -90,7 +102,12 @@ def {{ name }}({{ header }}):
 #% if cached
     past = tl.load(past_ptr + batch).to(tl.int32)
     q_at = past + row
+#% if ring is not none
+    last_at = past + {{ s }} - 1
+    last_key = tl.minimum(last_at + 1, {{ t }})
+#% else
     last_key = past + tl.minimum(tl.program_id(1) * BLOCK_M + BLOCK_M, {{ s }})
+#% endif
 #% else
     q_at = row
 #% if causal
@@ -99,7 +116,7 @@ def {{ name }}({{ header }}):
     last_key = {{ t }}
 #% endif
 #% endif
-#% if window
+#% if window and ring is none
     first_key = tl.maximum({{ "past + " if cached }}tl.program_id(1) * BLOCK_M - {{ window - 1 }}, 0)
 #% else
     first_key = 0
@@ -142,8 +159,13 @@ def {{ name }}({{ header }}):
     k_head = k_ptr + batch * {{ k[0] }} + group * {{ k[1] }}
     v_head = v_ptr + batch * {{ v[0] }} + group * {{ v[1] }}
     q_at = tl.load(past_ptr + batch).to(tl.int32)
+#% if ring is not none
+    last_at = q_at
+    length = tl.minimum(q_at + 1, {{ t }})
+#% else
     length = q_at + 1
-#% if window
+#% endif
+#% if window and ring is none
     oldest = tl.maximum(length - {{ window }}, 0)
     share = tl.cdiv(tl.cdiv(length - oldest, {{ splits }}), BLOCK_N) * BLOCK_N
     first_key = oldest + split * share

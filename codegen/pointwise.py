@@ -84,13 +84,22 @@ class Slot:
     """Where a store lands on one axis: `positions`, read at the index of axis `by`, says it.
 
     The position is a first slot that the own index is added to (`adds`), as new keys land behind the cached ones, or
-    it is the slot itself, as for `index_copy_`.
+    it is the slot itself, as for `index_copy_`. ring: slots from there on are used in turn (`kv_write`).
     """
 
     axis: int
     positions: Layout
     by: int
     adds: bool
+    ring: int | None = None
+
+    def place(self, position: sympy.Expr, capacity: sympy.Expr) -> sympy.Expr:
+        """The slot of a position, of `capacity` slots."""
+        if self.ring is None:
+            return position
+        if self.ring == 0:
+            return Mod(position, capacity)
+        return sympy.Min(position, self.ring) + Mod(sympy.Max(position - self.ring, 0), capacity - self.ring)
 
 
 @dataclass(frozen=True)
@@ -306,7 +315,8 @@ class RowKernel:
         if store.slot is not None:
             slot = store.slot
             read = self.load_layout(slot.positions, index[slot.by : slot.by + 1], "slot", torch.int64)
-            place[slot.axis] = self.index_from(read) + (index[slot.axis] if slot.adds else ZERO)
+            position = self.index_from(read) + (index[slot.axis] if slot.adds else ZERO)
+            place[slot.axis] = slot.place(position, store.layout.sizes[slot.axis])
         expr = store.layout.element(tuple(place))
         pointer = self.pointer(store.layout, "out" if self.single else short_name(store.node.name))
         on_columns = None if COL in expr.free_symbols or self.domain.cols == 1 else expr

@@ -35,6 +35,11 @@ def {{ name }}({{ header }}):
     sin_row = sin_ptr + batch * {{ sn[0] }} + position * {{ sn[1] }}
 #% if cached
     slot = position + tl.load(past_ptr + batch, mask=row_mask, other=0)
+#% if ring == 0
+    slot = slot % {{ t }}
+#% elif ring is not none
+    slot = tl.where(slot < {{ ring }}, slot, {{ ring }} + (slot - {{ ring }}) % ({{ t }} - {{ ring }}))
+#% endif
     out_row = out_ptr + batch * {{ o[0] }} + head * {{ o[1] }} + slot * {{ o[2] }}
 #% else
     out_row = out_ptr + batch * {{ o[0] }} + head * {{ o[1] }} + position * {{ o[2] }}
@@ -67,8 +72,10 @@ def {{ name }}({{ header }}):
 """
 
 
-def lower(scope: Scope, node: fx.Node, cache: Layout | None = None, past: Layout | None = None) -> None:
-    """Launch for an `effc.rope` node; with `cache` and `past`, for the `effc.kv_write` of its result."""
+def lower(
+    scope: Scope, node: fx.Node, cache: Layout | None = None, past: Layout | None = None, ring: int | None = None
+) -> None:
+    """Launch for an `effc.rope` node; with `cache` and `past` (and `ring`), for the `effc.kv_write` of its result."""
     x, cos, sin = node.args[:3]
     interleaved = node.args[3] if len(node.args) > 3 else node.kwargs.get("interleaved", False)
     batch, heads, length, size = sizes(x)
@@ -110,6 +117,8 @@ def lower(scope: Scope, node: fx.Node, cache: Layout | None = None, past: Layout
         "sn": strides("sin", layouts[2], 2),
         "o": [arguments.size(f"out_stride_{axis}", stride) for axis, stride in enumerate(out.strides[:3])],
     }
+    if ring is not None:
+        values["t"] = arguments.size("T", out.sizes[2])
     scope.add(
         arguments.launch(
             "rope_to_cache" if cache is not None else "rope",
@@ -118,6 +127,7 @@ def lower(scope: Scope, node: fx.Node, cache: Layout | None = None, past: Layout
             (node.name,),
             writes=(out.buffer,),
             cached=cache is not None,
+            ring=ring,
             interleaved=interleaved,
             pairs=pairs,
             block_p=power_of_two(pairs),

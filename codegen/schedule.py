@@ -256,7 +256,7 @@ def lower_write(scope: Scope, plan: Plan, node: fx.Node) -> None:
         raise NoKernel("the tensor that it writes to does not lie in memory")
     if plan.is_template(new) and plan.joins_write(new):
         try:
-            rope.lower(scope, new, cache_layout, scope.layout(positions))
+            rope.lower(scope, new, cache_layout, scope.layout(positions), arguments(node)["ring"])
         except NoKernel as problem:
             problem.node = problem.node or new
             raise

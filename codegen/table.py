@@ -11,6 +11,7 @@ from torch import fx
 
 from ..compiler.graph import sizes
 from ..compiler.ops import OPS
+from ..compiler.pattern import arguments
 from . import (  # noqa: F401  (gathers, pointwise_ops and reductions fill EMITTERS)
     attention,
     gathers,
@@ -47,10 +48,14 @@ class Write:
     slot: Callable[[fx.Node, Layout], Slot]
 
 
+def ring_of(write: fx.Node) -> int | None:
+    return arguments(write)["ring"]
+
+
 WRITES: dict[Any, Write] = {
     effc.kv_write.default: Write(
         lambda node: (node.args[1], node.args[2]),
-        lambda node, positions: Slot(axis=2, positions=positions, by=0, adds=True),
+        lambda node, positions: Slot(axis=2, positions=positions, by=0, adds=True, ring=ring_of(node)),
     ),
     aten.index_copy_.default: Write(
         lambda node: (node.args[3], node.args[2]),

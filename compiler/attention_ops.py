@@ -177,19 +177,35 @@ def attention(
 
 
 @define(
-    "kv_write(Tensor(a!) cache, Tensor new, Tensor past) -> Tensor(a!)",
-    shape=lambda cache, new, past: cache,
+    "kv_write(Tensor(a!) cache, Tensor new, Tensor past, int? ring=None) -> Tensor(a!)",
+    shape=lambda cache, new, past, ring=None: cache,
     cost=lambda node: Cost(sympy.Integer(0), 2 * nbytes(node.args[1])),
 )
-def kv_write(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
+def kv_write(cache: Tensor, new: Tensor, past: Tensor, ring: int | None = None) -> Tensor:
     """Write the keys or values of S new tokens behind those already cached; returns the cache.
 
-    cache [B, G, T, D], new [B, G, S, D], past [B] int64: row b's tokens go to slots past[b] .. past[b] + S - 1.
+    cache [B, G, T, D], new [B, G, S, D], past [B] int64: row b's tokens stand at positions past[b] .. past[b] + S - 1.
+    A position is its slot; or, if `ring` is given, slots from `ring` on are used again and again, in turn.
     """
     slots = past[:, None] + torch.arange(new.shape[2], device=past.device)  # [B, S]
+    if ring is not None:
+        slots = torch.where(slots < ring, slots, ring + (slots - ring) % (cache.shape[2] - ring))
     rows = torch.arange(cache.shape[0], device=past.device)[:, None]
     cache[rows, :, slots] = new.transpose(1, 2).to(cache.dtype)
     return cache
+
+
+def positions_of_slots(last: Tensor, capacity: int, ring: int | None) -> Tensor:
+    """The position whose key each slot holds, once position `last` [B] is written: [B or 1, T].
+
+    Slot s >= ring of a ring of R = T - ring slots holds the largest position p <= last with p = s (mod R). Where none
+    has been written yet, that is below `ring`; -1 stands for it.
+    """
+    slots = torch.arange(capacity, device=last.device)[None]
+    if ring is None:
+        return slots
+    newest = last[:, None] - (last[:, None] - slots) % (capacity - ring)
+    return torch.where(slots < ring, slots, torch.where(newest < ring, -1, newest))
 
 
 def cached_attention_cost(node: fx.Node) -> Cost:
@@ -199,7 +215,7 @@ def cached_attention_cost(node: fx.Node) -> Cost:
 
 @define(
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor past, float scale, Tensor? key_mask=None, *, "
-    f"{SCORES}) -> Tensor",
+    f"int? ring=None, {SCORES}) -> Tensor",
     shape=attention_shape,
     cost=cached_attention_cost,
 )
@@ -211,6 +227,7 @@ def cached_attention(
     scale: float,
     key_mask: Tensor | None = None,
     *,
+    ring: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
     visible: str | None = None,
@@ -221,11 +238,13 @@ def cached_attention(
     """Causal attention of S new queries over a cache that already holds their keys and values.
 
     q [B, H, S, D], k_cache [B, G, T, D], v_cache [B, G, T, D'], past [B] int64 -> [B, H, S, D']. Query i of row b
-    stands at position past[b] + i and sees slots 0 .. past[b] + i. key_mask [B, T]: slots whose entry is zero are
-    hidden (left padding). The other arguments are those of `attention`, with slots for k.
+    stands at position past[b] + i and sees positions 0 .. past[b] + i. key_mask [B, T]: slots whose entry is zero are
+    hidden (left padding). ring: which slots `kv_write` used in turn; a window or `visible` has to hide what their
+    keys were written over, for each of the S queries: a ring of R slots takes a window of up to R - S + 1. The other
+    arguments are those of `attention`.
     """
     q_position = (past[:, None] + torch.arange(q.shape[2], device=past.device))[:, None, :, None]
-    k_position = torch.arange(k_cache.shape[2], device=past.device)[None, None, None, :]
+    k_position = positions_of_slots(past + q.shape[2] - 1, k_cache.shape[2], ring)[:, None, None, :]
     allowed, added = index_terms(
         q.shape[0],
         q.shape[1],
@@ -239,6 +258,8 @@ def cached_attention(
     )
     if key_mask is not None:
         allowed = all_of(allowed, (key_mask != 0)[:, None, None, :])
+    if ring is not None:
+        allowed = all_of(allowed, k_position >= 0)
     return attend(q, k_cache, v_cache, scale, allowed=allowed, bias=added, softcap=softcap, sinks=sinks)
 
 
