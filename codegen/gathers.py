@@ -1,4 +1,4 @@
-"""Emitters of the ops that read a tensor where another one says: embedding, index, index_select, gather."""
+"""Emitters of the ops that read or replace elements where another tensor says: embedding, index, gather, scatter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx
 
 from ..compiler.graph import dtype_of, is_tensor, sizes
 from .pointwise import NoKernel, RowKernel, Value
-from .pointwise_ops import emits
+from .pointwise_ops import emits, operand
 from .views import Index, broadcast_index
 
 aten = torch.ops.aten
@@ -57,6 +57,26 @@ def index(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
         for dim, size in enumerate(shape)
     ]
     return kernel.value(source, tuple(at))
+
+
+MOST_SCATTERED = 16
+"""How many places in a row a scatter may have: each element is compared with all of them."""
+
+
+@emits(aten.scatter.value)
+def scatter(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    """A number where one of the row's places is that of the element, else the element itself."""
+    source, dim, ids, number = node.args[:4]
+    rank, count = len(index), sizes(ids)[-1] if sizes(ids) else None
+    if not rank or dim % rank != rank - 1 or sizes(ids)[:-1] != sizes(source)[:-1]:
+        raise NoKernel("a scatter along another axis than the last, or to some rows only, has no kernel")
+    if not count.is_Integer or count > MOST_SCATTERED:
+        raise NoKernel(f"a scatter to {count} places in a row has no kernel; up to {MOST_SCATTERED} have")
+    own = kernel.index_text(index[-1])
+    found = [kernel.value(ids, (*index[:-1], sympy.Integer(at))).name for at in range(int(count))]
+    hit = " | ".join(f"({at} == {own})" for at in found)
+    kept = operand(kernel, source, index, dtype_of(node))
+    return kernel.let(node, f"tl.where({hit}, {kernel.argument(number, index)}, {kept})")
 
 
 def place(kernel: RowKernel, ids: fx.Node, index: Index, size: sympy.Expr | None = None) -> sympy.Symbol:

@@ -322,7 +322,7 @@ CHECKS: dict[Any, Check] = {
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), along("dim")),
     **dict.fromkeys((aten.cat.default, aten.stack.default, aten.softmax.int), along("dim")),
     **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.var.correction), along("dim")),
-    **dict.fromkeys((aten.repeat_interleave.self_int, aten.gather.default), along("dim")),
+    **dict.fromkeys((aten.repeat_interleave.self_int, aten.gather.default, aten.scatter.value), along("dim")),
     aten.cumsum.default: cumsum,
     aten.repeat.default: repeat,
     aten.index.Tensor: index,

@@ -9,7 +9,7 @@ from effc.compiler.weights import Call, Concat, Read, evaluate, substitute
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .graphs import Compiled, random
+from .graphs import Compiled, check, random
 from .pass_checks import graph_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,3 +127,25 @@ def test_a_call_names_what_it_reads_and_is_rebuilt_over_other_names() -> None:
     assert moved.names() == ("a", "b")
     assert moved != call
     assert moved.key() != call.key()
+
+
+def test_gathers_and_scatters_within_a_row() -> None:
+    def function(x: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+        doubled = torch.gather(x * 2, -1, places)
+        return (
+            doubled / doubled.sum(-1, keepdim=True).abs(),
+            torch.gather(x.softmax(-1), -1, places),
+            torch.gather(x, 1, places[:, :2].clamp(max=2)),
+            x.scatter(-1, places, 2.5),
+            torch.zeros_like(x).scatter(2, places[..., :1], -1) + x,
+        )
+
+    x, places = random(5, 3, 24), random(5, 3, 24, seed=1).topk(4).indices
+    compiled = check(function, {"x": (0, 1), "places": (0, 1)}, x=x, places=places)
+    compiled.check(x=x[:2].clone(), places=places[:2].clone())
+    check(function, x=x.bfloat16(), places=places)
+
+
+def test_a_scatter_to_many_places_runs_through_aten() -> None:
+    x, places = random(3, 24), random(3, 24, seed=1).topk(17).indices
+    check(lambda x, places: x.scatter(-1, places, 1.0), fallbacks=1, x=x, places=places)
