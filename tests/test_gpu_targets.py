@@ -77,6 +77,21 @@ def attentions(heads: int, groups: int, size: int, value_size: int, dtype: torch
     )
 
 
+def experts(d: int, n: int, count: int, per_token: int, dtype: torch.dtype) -> list[Kernel]:
+    def function(x: Tensor, s: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        chosen = effc.top_k(s, per_token)
+        scores = s[..., :per_token].float()
+        return (
+            effc.moe(x, chosen, scores, u, w, b, None, "minimum(gate, 7.0) * sigmoid(gate) * (up + 1)"),
+            effc.moe(x, chosen, scores, u[:, :n], w, None, None, "gelu_tanh(up)"),
+        )
+
+    tensors = {"x": random(2, 5, d, dtype=dtype), "s": random(2, 5, count, dtype=dtype)}
+    tensors |= {"u": random(count, 2 * n, d, dtype=dtype), "w": random(count, d, n, dtype=dtype)}
+    tensors["b"] = random(count, 2 * n, dtype=dtype)
+    return kernels(function, {"x": (0, 1), "s": (0, 1)}, weights=("u", "w"), **tensors)
+
+
 def ropes(size: int, rotated: int, dtype: torch.dtype) -> list[Kernel]:
     def function(x: Tensor, c: Tensor, s: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, ...]:
         return effc.rope(x * 2, c, s), effc.kv_write(k, effc.rope(x, c, s, True), p)
@@ -110,6 +125,7 @@ QUICK = {
     "attention": lambda: attentions(9, 3, 64, 64, BF16),
     "rope": lambda: ropes(64, 64, BF16),
     "pointwise": lambda: pointwise(100, BF16),
+    "experts": lambda: experts(128, 64, 8, 2, BF16),
 }
 SWEEP = {
     "linear, one element": lambda: linears(1, 1, FP16),
@@ -119,6 +135,8 @@ SWEEP = {
     "attention, 256 wide": lambda: attentions(16, 1, 256, 256, BF16),
     "rope, partial": lambda: ropes(80, 20, FP32),
     "rope, one pair": lambda: ropes(2, 2, FP16),
+    "experts, ragged": lambda: experts(100, 35, 60, 4, FP32),
+    "experts, many": lambda: experts(256, 128, 256, 8, FP16),
     "pointwise, one column": lambda: pointwise(1, FP32),
     "pointwise, 4096 columns": lambda: pointwise(4096, FP16),
 }
