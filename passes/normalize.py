@@ -10,6 +10,7 @@
     add.Scalar(x, 2), div(x, full([], 2))              -->  add.Tensor(x, 2), div.Tensor(x, 2)
     x * x, square(x), pow(x, 2.0)                      -->  pow(x, 2)
     outer(x, y)                                        -->  unsqueeze(x, 1) * y
+    einsum(a product of matrices)                      -->  matmul, permute (`einsum`)
     __and__, logical_and of bools                      -->  bitwise_and
     sym_size of anything                               -->  sym_size of the first input with that size, or an int
 
@@ -31,6 +32,7 @@ from ..compiler.rewrite import Match, PassResult, Rule, rewrite
 from ..compiler.weights import Constant
 from .arguments import tidy_arguments, use_input_sizes
 from .cleanup import erase_dead_code, merge_equal_calls, merge_equal_weights
+from .einsum import RULE as EINSUM
 
 aten = torch.ops.aten
 
@@ -325,6 +327,7 @@ class AnyCall:
 
 
 RULES = (
+    EINSUM,
     Rule("reshape", RESHAPE, to_reshape),
     Rule("flatten", FLATTEN, to_explicit_reshape),
     Rule("transpose", TRANSPOSE, to_permute),

@@ -109,6 +109,16 @@ def scaled(match: Match, node: fx.Node) -> Scores:
     return follow_scores(match, first).scaled(factor if node.target == aten.mul.Tensor else 1 / factor)
 
 
+def not_below(match: Match, node: fx.Node) -> Scores:
+    """maximum(scores, lowest): what is hidden stays hidden."""
+    first, second = node.args
+    source, bound = (first, second) if number(match.graph, first) is None else (second, first)
+    value = number(match.graph, bound)
+    if value is None or value > REPLACED:
+        raise Unsupported(f"{node.name} raises scores to {bound}, which does not hide them")
+    return follow_scores(match, source)
+
+
 def capped(match: Match, node: fx.Node) -> Scores:
     scores = follow_scores(match, node.args[0])
     if scores.softcap is not None or scores.masks or scores.sinks is not None:
@@ -216,6 +226,9 @@ FORMS = {
     aten.baddbmm.default: product_and_sum,
     aten.mul.Tensor: scaled,
     aten.div.Tensor: scaled,
+    aten.maximum.default: not_below,
+    aten.max.other: not_below,
+    aten.clamp_min.default: not_below,
     aten.tanh.default: capped,
     aten.where.self: replaced,
     aten.where.ScalarOther: replaced,

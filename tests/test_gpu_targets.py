@@ -92,6 +92,33 @@ def experts(d: int, n: int, count: int, per_token: int, dtype: torch.dtype) -> l
     return kernels(function, {"x": (0, 1), "s": (0, 1)}, weights=("u", "w"), **tensors)
 
 
+def scores(heads: int, groups: int, size: int, dtype: torch.dtype) -> list[Kernel]:
+    """Attention with everything that changes its scores."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, s: Tensor, t0: Tensor, t1: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        biased = {"bias": "t0[h] * (k - q)", "visible": "(t1[b, q] == t1[b, k]) | (k // 3 < 2)", "tables": [t0, t1]}
+        capped = {"window": 6, "softcap": 30.0, "sinks": s}
+        return (
+            effc.attention(q, k, v, 0.2, True, **biased, sinks=s),
+            effc.attention(q, k, v, 0.2, True, **capped),
+            effc.cached_attention(q, k, v, p, 0.2, **capped),
+            effc.cached_attention(q[:, :, :1], k, v, p, 0.2, **biased),
+            effc.cached_attention(q[:, :, :1], k, v, p, 0.2, **capped),
+        )
+
+    return kernels(
+        function,
+        dynamic={"q": (0, 2), "k": (0, 2), "v": (0, 2), "t1": (0, 1), "p": (0,)},
+        q=random(2, heads, 5, size, dtype=dtype),
+        k=random(2, groups, 7, size, dtype=dtype),
+        v=random(2, groups, 7, size, dtype=dtype),
+        s=random(heads, dtype=dtype),
+        t0=random(heads, dtype=dtype),
+        t1=torch.zeros(2, 7, dtype=torch.int64),
+        p=torch.tensor([1, 2]),
+    )
+
+
 def ropes(size: int, rotated: int, dtype: torch.dtype) -> list[Kernel]:
     def function(x: Tensor, c: Tensor, s: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, ...]:
         return effc.rope(x * 2, c, s), effc.kv_write(k, effc.rope(x, c, s, True), p)
@@ -123,6 +150,7 @@ QUICK = {
     "linear": lambda: linears(64, 128, BF16),
     "linear, ragged": lambda: linears(35, 100, FP32),
     "attention": lambda: attentions(9, 3, 64, 64, BF16),
+    "scores": lambda: scores(9, 3, 64, BF16),
     "rope": lambda: ropes(64, 64, BF16),
     "pointwise": lambda: pointwise(100, BF16),
     "experts": lambda: experts(128, 64, 8, 2, BF16),
@@ -133,6 +161,8 @@ SWEEP = {
     "attention, 8 wide": lambda: attentions(3, 1, 8, 4, FP16),
     "attention, ragged": lambda: attentions(2, 2, 80, 100, FP32),
     "attention, 256 wide": lambda: attentions(16, 1, 256, 256, BF16),
+    "scores, ragged": lambda: scores(2, 2, 80, FP16),
+    "scores, 256 wide": lambda: scores(16, 1, 256, BF16),
     "rope, partial": lambda: ropes(80, 20, FP32),
     "rope, one pair": lambda: ropes(2, 2, FP16),
     "experts, ragged": lambda: experts(100, 35, 60, 4, FP32),

@@ -105,6 +105,20 @@ FORMS = {
         ),
         {"scale": 0.3},
     ),
+    "no lower than the lowest": (
+        lambda tri, q, k, v, am: (
+            torch.max(scores(q, k) + hiding(causal(k)), torch.full([], LOWEST)).softmax(-1) @ repeated(v)
+        ),
+        {"scale": 0.3},
+    ),
+    "einsum": (
+        lambda tri, q, k, v, am: torch.einsum(
+            "bhqk,bhkd->bhqd",
+            (torch.einsum("bhqd,bhkd->bhqk", q, repeated(k)) * 0.3).masked_fill(~causal(k), LOWEST).softmax(-1),
+            repeated(v),
+        ),
+        {"scale": 0.3},
+    ),
 }  # fmt: skip
 
 
@@ -169,6 +183,10 @@ ALONE = {
     "replaced by what weighs something": (
         lambda tri, q, k, v, am: scores(q, k).masked_fill(~causal(k), -100.0).softmax(-1) @ repeated(v),
         "does not hide them",
+    ),
+    "no lower than a score": (
+        lambda tri, q, k, v, am: scores(q, k).clamp_min(0.0).softmax(-1) @ repeated(v),
+        "raises scores to 0.0",
     ),
     "a triangle that is not of ones": (
         lambda tri, q, k, v, am: (
