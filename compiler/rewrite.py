@@ -193,10 +193,10 @@ def insert(
 
 
 def insert_named(graph: Graph, node: fx.Node, target: Any, named: Mapping[str, Any]) -> fx.Node:
-    """A new call before `node`, which it stands for, with arguments by name; None of those by keyword is left out."""
+    """A new call before `node`, which it stands for, with arguments by name; those by keyword may be left out or None."""
     schema = target._schema.arguments
     args = [named[argument.name] for argument in schema if not argument.kwarg_only]
-    kwargs = {argument.name: named[argument.name] for argument in schema if argument.kwarg_only}
+    kwargs = {argument.name: named.get(argument.name) for argument in schema if argument.kwarg_only}
     given = {name: value for name, value in kwargs.items() if value is not None}
     return insert(graph, node, target, *args, origins=[node], **given)
 
