@@ -193,7 +193,7 @@ def insert(
 
 
 def insert_named(graph: Graph, node: fx.Node, target: Any, named: Mapping[str, Any]) -> fx.Node:
-    """A new call before `node`, which it stands for, with arguments by name; those by keyword may be left out or None."""
+    """A new call before `node`, which it stands for, with arguments by name; those by keyword may be left out."""
     schema = target._schema.arguments
     args = [named[argument.name] for argument in schema if not argument.kwarg_only]
     kwargs = {argument.name: named.get(argument.name) for argument in schema if argument.kwarg_only}
