@@ -27,7 +27,7 @@ import numpy as np
 TIMEOUT = 300  # seconds for one batch
 ALIGN = 64
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=alignment,pointer-overflow", "-fno-sanitize-recover=all")
-SANITIZERS += ("-O1", "-g1")
+SANITIZERS += ("-O1", "-fexpensive-optimizations", "-g1")
 
 
 @dataclass

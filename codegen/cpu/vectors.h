@@ -60,7 +60,11 @@ template <> inline f32x4 splat<f32x4>(float v) { return f32x4{v, v, v, v}; }
 template <> inline f32x8 splat<f32x8>(float v) { return f32x8{v, v, v, v, v, v, v, v}; }
 template <> inline f32x16 splat<f32x16>(float v) { return f32x16{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
 
-template <typename V> static inline V iota();
+template <typename V> static inline V iota() {
+  V v{};
+  for (int k = 0; k < Lanes<V>::count; ++k) v[k] = k;
+  return v;
+}
 template <> inline i32x2 iota<i32x2>() { return i32x2{0, 1}; }
 template <> inline i32x4 iota<i32x4>() { return i32x4{0, 1, 2, 3}; }
 template <> inline i32x8 iota<i32x8>() { return i32x8{0, 1, 2, 3, 4, 5, 6, 7}; }
