@@ -3,6 +3,8 @@
     out = residual + activation(x @ weight.T + bias)                        linear
     out = activation(x @ gate.T + bias) * (x @ up.T + bias)                 gated_linear
 
+where x may be a norm that the matrix-vector kernel computes itself (see `prologue`).
+
 Weights lie row-major [N, K], or packed in panels [N / BLOCK_N, K, BLOCK_N], where one program's weights are one
 contiguous stream. Sums are in fp32; the result rounds to x's dtype where eager rounds.
 """
@@ -16,7 +18,8 @@ from torch.utils._sympy.functions import FloorDiv
 
 from ..compiler.graph import dtype_of, sizes
 from .kernel import TL_TYPES, Launch, Layout, Packed
-from .pointwise import NoKernel
+from .pointwise import NoKernel, Store
+from .prologue import Norm, joins_product, norm_of
 from .scope import Scope
 from .target import Target, Tile
 from .template import Arguments, power_of_two
@@ -32,12 +35,18 @@ def {{ name }}({{ header }}):
     {{ part.weight }} = weight_ptr + panel.to(tl.int64) * {{ block_n * k }}{{ " + " ~ part.start if part.start }}
     {{ part.acc }} = tl.zeros([BLOCK_N], tl.float32)
 #% endfor
+#% for line in statistics
+    {{ line }}
+#% endfor
 
     for k in range(0, {{ k }}, BLOCK_K):
 #% if masks_k
         in_k = k + inner < {{ k }}
 #% endif
         x = tl.load(x_ptr + k + inner{{ ", mask=in_k, other=0.0" if masks_k }}).to(tl.float32)
+#% for line in normalize
+        {{ line }}
+#% endfor
 #% for part in parts
 #% if packed
         {{ part.tile }} = tl.load({{ part.weight }} + (k + inner)[:, None] * BLOCK_N + col[None, :]
@@ -158,7 +167,7 @@ def lower(scope: Scope, node: fx.Node) -> None:
     if residual is not None and sizes(residual) != sizes(node):
         raise NoKernel(f"a residual of {sizes(residual)} added to {sizes(node)} has no kernel")
     case = Case(scope, node, gated, activation)
-    case.x = flat_rows(scope, x)
+    norm_launches = case.read(x)
     case.weight = scope.weight(weight)
     case.bias = None if bias is None else scope.contiguous(bias)
     case.residual = None if residual is None else scope.contiguous(residual)
@@ -168,8 +177,8 @@ def lower(scope: Scope, node: fx.Node) -> None:
     tile = target.linear_small if rows.is_Integer and rows <= target.small_rows else None
     choices = [
         (sympy.Eq(rows, 1), (case.gemv(target),)),
-        (sympy.Le(rows, target.small_rows), (case.tiled(tile or target.linear_small),)),
-        (sympy.true, (case.tiled(target.linear_large),)),
+        (sympy.Le(rows, target.small_rows), (*norm_launches, case.tiled(tile or target.linear_small))),
+        (sympy.true, (*norm_launches, case.tiled(target.linear_large))),
     ]
     scope.choose(choices)
 
@@ -187,10 +196,21 @@ class Case:
         rows, depth = (int(size) for size in sizes(node.args[1]))
         self.n = rows // 2 if gated else rows
         self.k = depth
+        self.norm: Norm | None = None
 
-    def arguments(self) -> Arguments:
+    def read(self, x: fx.Node) -> tuple[Launch, ...]:
+        """Place the operand x; if it is a norm that is not in memory, return the launch that puts it there."""
+        if x in self.scope.layouts or not joins_product(x):
+            self.x = flat_rows(self.scope, x)
+            return ()
+        self.norm = norm_of(self.scope, x, flat_rows(self.scope, x.args[0]))
+        launch = self.scope.pointwise([Store(x, self.scope.result(x))])
+        self.x = flat_rows(self.scope, x)
+        return (launch,)
+
+    def arguments(self, x: Layout) -> Arguments:
         arguments = Arguments()
-        arguments.pointer("x_ptr", self.x)
+        arguments.pointer("x_ptr", x)
         arguments.pointer("weight_ptr", self.weight)
         if self.bias is not None:
             arguments.pointer("bias_ptr", self.bias)
@@ -230,9 +250,11 @@ class Case:
         block_n = self.block_n(target.gemv_rows)
         # Rows of a row-major weight are read whole, so that each is one stream; panels are a stream in any case.
         block_k = self.depth(target.gemv_k) if packed else min(power_of_two(self.k), 1024)
-        arguments = self.arguments()
+        arguments = self.arguments(self.x if self.norm is None else self.norm.x)
         arguments.constant("BLOCK_N", block_n)
         arguments.constant("BLOCK_K", block_k)
+        if self.norm is not None:
+            self.norm.add_to(arguments)
         masks_k, masks_n = self.k % block_k != 0, self.n % block_n != 0
         conditions = []
         if masks_n:
@@ -245,10 +267,12 @@ class Case:
             residual = "residual_ptr + out_col" + (f", mask={mask}, other=0.0" if mask else "")
         text = epilogue(dtype_of(self.node), self.gated, self.bias is not None, residual, self.activation, self.n, mask)
         return arguments.launch(
-            self.kernel_name("gemv"),
+            self.kernel_name("gemv" if self.norm is None else "norm_gemv"),
             GEMV,
             (sympy.Integer(-(-self.n // block_n)), sympy.Integer(1), sympy.Integer(1)),
             (self.node.name,),
+            statistics=self.norm.statistics() if self.norm else (),
+            normalize=self.norm.normalize(", mask=in_k, other=0.0" if masks_k else "") if self.norm else (),
             masks_k=masks_k,
             row_mask="" if packed else " & ".join(conditions),
             epilogue=text,
@@ -257,7 +281,7 @@ class Case:
 
     def tiled(self, tile: Tile) -> Launch:
         block_n, block_k = self.block_n(tile.n), self.depth(tile.k)
-        arguments = self.arguments()
+        arguments = self.arguments(self.x)
         rows = self.x.sizes[0]
         m = arguments.size("M", rows)
         x_stride = arguments.size("x_stride", self.x.strides[0])

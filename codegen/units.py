@@ -14,6 +14,7 @@ from ..compiler.graph import Graph, dtype_of, is_tensor, sizes, writes
 from .fusion_cost import MAX_INLINED, Decision, bytes_of, op_cost, recompute
 from .pointwise import Domain
 from .pointwise_ops import is_fusible
+from .prologue import joins_product
 from .reductions import REDUCTIONS
 from .scope import Scope, flat_domain, readers
 from .table import TEMPLATES, WRITES
@@ -68,7 +69,7 @@ class Plan:
                     self.new_unit(Unit(node))
             elif self.is_pointwise(node):
                 self.inlined[node] = self.inlining(node)
-                if self.is_realized(node):
+                if self.is_realized(node) and not self.joins_linear(node):
                     self.new_unit(Unit(node, [node], unit_domain(node)))
             else:
                 self.refused.setdefault(node, f"{node.target} has no kernel")
@@ -114,6 +115,13 @@ class Plan:
             and len(users) == 1
             and (users[0].target is effc.kv_write.default and users[0] not in self.refused)
         )
+
+    def joins_linear(self, node: fx.Node) -> bool:
+        """Whether a norm is computed by the product that reads it: its input lies in memory anyway."""
+        if node in self.forced or not joins_product(node) or next(iter(node.users)) in self.refused:
+            return False
+        source = Scope.base(node.args[0])
+        return source in self and source not in self.written
 
     def is_written_by(self, write: fx.Node, node: fx.Node) -> bool:
         """Whether a write to a cache stores a node's value, which its kernel can compute then."""

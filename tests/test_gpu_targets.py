@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from .graphs import Axes, Function, graph_of, random
 
-effc = torch.ops.effc
+aten, effc = torch.ops.aten, torch.ops.effc
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,12 +46,18 @@ def compile_for(kernel: Kernel, target: GPUTarget) -> None:
 
 
 def linears(n: int, k: int, dtype: torch.dtype) -> list[Kernel]:
-    def function(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-        return effc.linear(x, w, b, r, "gelu"), effc.gated_linear(x, w), effc.linear(x, w, None, None, "gelu_tanh")
+    def function(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return (
+            effc.linear(x, w, b, r, "gelu"),
+            effc.gated_linear(x, w),
+            effc.linear(effc.rms_norm(x, g, 1e-6), w, None, None, "gelu_tanh"),
+            effc.gated_linear(aten.layer_norm.default(x, (k,), g, g), w),
+        )
 
+    g = random(k, dtype=dtype)
     x, r = random(2, 5, k, dtype=dtype), random(2, 5, 2 * n, dtype=dtype)
     w, b = random(2 * n, k, dtype=dtype), random(2 * n, dtype=dtype)
-    return kernels(function, {"x": (0, 1), "r": (0, 1)}, x=x, w=w, b=b, r=r, weights=("w",))
+    return kernels(function, {"x": (0, 1), "r": (0, 1)}, x=x, w=w, b=b, r=r, g=g, weights=("w",))
 
 
 def attentions(heads: int, groups: int, size: int, value_size: int, dtype: torch.dtype) -> list[Kernel]:

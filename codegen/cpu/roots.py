@@ -1,6 +1,7 @@
 """Print what tensors are computed for: stores, arrays, reductions, dots; each as one loop nest."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from .affine import Conjunct, Map, step, through_view
@@ -70,7 +71,10 @@ class RootPrinter(
     def vector_dim(
         self, shape: tuple[int, ...], values: list[Value], pointer: Value | None = None
     ) -> tuple[int | None, int]:
-        """The dimension along which most memory is contiguous, and how many lanes to take of it."""
+        """The dimension along which most memory is contiguous, and how many lanes to take of it.
+
+        A read has as many votes as elements: in x[:, None] * w[:, :] those of w count.
+        """
         identity = tuple(range(len(shape)))
         votes = [0.0] * len(shape)
         pointers = [] if pointer is None else [(pointer, identity)]
@@ -79,13 +83,13 @@ class RootPrinter(
                 if read in self.kernel.storage:
                     for dim, stride in zip(at, self.kernel.storage[read].strides, strict=True):
                         if dim is not None and stride == 1:
-                            votes[dim] += 0.5
+                            votes[dim] += 0.5 * share(shape, at)
                 else:
                     pointers.append((read.op.operands[0], at))
         for found, at in pointers:
             for dim in identity:
                 if step(found, at, dim) == 1:
-                    votes[dim] += 1
+                    votes[dim] += share(shape, [d for d in at if d is not None and step(found, at, d) != 0])
         wide = [d for d in identity if shape[d] > 1]
         if not wide:
             return None, 1
@@ -227,3 +231,8 @@ class RootPrinter(
         "check.bounds": CheckPrinter.bounds,
         "check.index": CheckPrinter.index,
     }
+
+
+def share(shape: tuple[int, ...], dims: Iterable[int | None]) -> float:
+    """How many of a tile's elements what varies along `dims` has, as a part of all."""
+    return math.prod(shape[dim] for dim in {*dims} - {None}) / math.prod(shape)
