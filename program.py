@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,12 +31,16 @@ from .compiler.files import read_sealed, sealed, unsealed, write_atomically
 from .compiler.load import LoadedModel
 from .compiler.weights import Weight, evaluate
 from .runtime import decode, store
+from .runtime.kv_cache import Ring, State
 from .stages import Built, Stages, build
 
 if TYPE_CHECKING:
     from .codegen.cpu import CpuTarget
     from .compiler.graph import Graph
     from .report import Explanation
+
+DEFAULT_SPARE = 256
+"""Slots beside the window, where a streaming cache asks for none: what prefill runs at a time, less one."""
 
 KINDS = ("forward", "prefill", "extend", "decode")
 """The graphs of a program. forward has no cache; the others read and write one."""
@@ -45,14 +50,14 @@ KINDS = ("forward", "prefill", "extend", "decode")
 class ProgramConfig:
     """What decoding needs to know of a model.
 
-    cache_layout: (state, (heads, head size), dtype) of each cache buffer. max_position: the context length, if the
+    cache_layout: what each buffer of the cache is. max_position: the context length, if the
     model has one. inputs: what a call without a cache takes. cache_refusal: why there is no cache, where that is so.
     """
 
     vocab_size: int
     max_position: int | None
     eos_token_ids: tuple[int, ...]
-    cache_layout: tuple[tuple[str, tuple[int, int], torch.dtype], ...]
+    cache_layout: tuple[State, ...]
     inputs: tuple[str, ...]
     cache_refusal: str | None = None
 
@@ -60,10 +65,19 @@ class ProgramConfig:
 class Program:
     """A causal language model, compiled. Made by `effc.compile`."""
 
-    def __init__(self, model: LoadedModel, *, skip: Iterable[str] = (), dump: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        skip: Iterable[str] = (),
+        dump: Path | None = None,
+        ring: int | None = None,
+        stream: tuple[int, int] | None = None,
+    ) -> None:
         self.model = model
         self.skip = tuple(skip)
-        self.stages = Stages(model, self.skip, dump)
+        self.ring, self.stream = ring, stream
+        self.stages = Stages(model, self.skip, dump, ring is not None, stream)
         self.target = host_target()
         self.cache = store.cache_dir()
         self._executables: dict[tuple[str, bool], Executable] = {}
@@ -115,7 +129,7 @@ class Program:
     def config(self) -> ProgramConfig:
         found = self._cached("config")
         if found is None:
-            found = program_config(self.model, self.stages)
+            found = program_config(self.model, self.stages, self.ring)
             self._remember("config", found)
         return found
 
@@ -125,7 +139,16 @@ class Program:
         if self.model.identity is None:
             return None
         versions = tuple(version(package) for package in ("torch", "triton", "transformers"))
-        parts = (self.model.identity, self.model.dtype, self.skip, self.target, versions, source_digest())
+        parts = (
+            self.model.identity,
+            self.model.dtype,
+            self.skip,
+            self.ring,
+            self.stream,
+            self.target,
+            versions,
+            source_digest(),
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def built(self, kind: str, padded: bool = False) -> Built:
@@ -231,12 +254,18 @@ def compile(
     *,
     skip: Iterable[str] = (),
     dump: str | Path | None = None,
+    ring: int | None = None,
+    stream: tuple[int, int] | None = None,
 ) -> Program:
     """Compile a causal language model for inference.
 
     model: a known name ("smollm2"), a GGUF file, a Hugging Face folder, a transformers model or `nn.Module` in memory
     (its weights are read once, when a graph is first run), or what `effc.load` gave. dtype: of the weights, fp32 or
     bf16. skip: names of passes to leave out. dump: a folder for the graphs before and after each pass.
+
+    ring: layers with a sliding window cache that window and this many tokens more, instead of every token; that many
+    may be taken back. stream: (kept, window): layers without one see, and cache, the first `kept` tokens and the last
+    `window`; results are no longer those of the model (a warning says from where on).
 
     Raises ModelError for a model that cannot be found, read or compiled.
     """
@@ -250,7 +279,14 @@ def compile(
         model = load(model, dtype)
     elif dtype is not None and dtype != model.dtype:
         raise InputError(f"the model is loaded as {model.dtype}, compile wants {dtype}: give dtype to effc.load")
-    return Program(model, skip=skip, dump=None if dump is None else Path(dump))
+    if stream is not None:
+        from .passes.stream_attention import Seen
+
+        ring = DEFAULT_SPARE if ring is None else ring
+        warnings.warn(Seen(*stream).warning, stacklevel=2)
+    if ring is not None and ring < 0:
+        raise InputError(f"expected at least 0 spare slots of a ring, found {ring}")
+    return Program(model, skip=skip, dump=None if dump is None else Path(dump), ring=ring, stream=stream)
 
 
 def refuse_other_devices(module: nn.Module) -> None:
@@ -278,7 +314,7 @@ def host_target() -> CpuTarget:
     return host_target()
 
 
-def program_config(model: LoadedModel, stages: Stages) -> ProgramConfig:
+def program_config(model: LoadedModel, stages: Stages, spare: int | None) -> ProgramConfig:
     from .compiler.graph import dtype_of, sizes
 
     graph, refusal = stages.graph("forward", True), None
@@ -291,7 +327,8 @@ def program_config(model: LoadedModel, stages: Stages) -> ProgramConfig:
     for name in graph.states:
         node = graph.placeholder(name)
         _, heads, _, size = sizes(node)
-        layout.append((name, (int(heads), int(size)), dtype_of(node)))
+        ring = Ring(*graph.rings[name], spare) if name in graph.rings else None
+        layout.append(State(name, (int(heads), int(size)), dtype_of(node), ring))
     config = model.config
     limits = (getattr(config, "max_position_embeddings", None), graph.max_length)
     eos = getattr(config, "eos_token_id", None)

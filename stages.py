@@ -46,10 +46,20 @@ class Summary:
 
 
 class Stages:
-    """The compiler's stages for one model, each made once, on demand."""
+    """The compiler's stages for one model, each made once, on demand.
 
-    def __init__(self, model: LoadedModel, skip: tuple[str, ...], dump: Path | None) -> None:
-        self.model, self.skip, self.dump = model, skip, dump
+    ring, stream: as in `effc.compile`.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        skip: tuple[str, ...],
+        dump: Path | None,
+        ring: bool = False,
+        stream: tuple[int, int] | None = None,
+    ) -> None:
+        self.model, self.skip, self.dump, self.ring, self.stream = model, skip, dump, ring, stream
         self.seconds: dict[str, float] = {}
         self.reports: dict[str, Report] = {}
         self._graphs: dict[tuple[str, bool], Graph] = {}
@@ -67,11 +77,12 @@ class Stages:
     def graph(self, kind: str, padded: bool) -> Graph:
         """The graph of `kind` that is scheduled; `padded` ones take an attention mask."""
         from .passes import pipeline
+        from .passes.stream_attention import Seen, stream_attention
 
         key = (kind, padded)
         if key not in self._graphs:
             if kind != "forward":
-                base, passes = self.graph("forward", padded), pipeline.cached(kind)
+                base, passes = self.graph("forward", padded), pipeline.cached(kind, self.ring)
             elif not padded:
                 base, passes = self.graph("forward", True), pipeline.UNPADDED
             else:
@@ -81,6 +92,8 @@ class Stages:
             folder = None if self.dump is None else self.dump / name
             skip = self.skip if base is self.traced else ()
             self._graphs[key], self.reports[name] = pipeline.run(base, passes, skip=skip, dump=folder)
+            if self.stream is not None and base is self.traced:
+                stream_attention(self._graphs[key], Seen(*self.stream))
             self.seconds[f"passes {name}"] = time.perf_counter() - start
         return self._graphs[key]
 

@@ -30,6 +30,7 @@ class Graph:
     dialect: which of `DIALECTS` its operations come from; `verify` holds it.
     weights: placeholder name -> recipe. states: names of the placeholders that a run updates in place.
     notes: what passes want a reader to know (near-misses, refusals), in order.
+    rings: state -> (kept, window) where slots are used in turn: the first tokens that it keeps, and a window of others.
     max_length: the most tokens per row that the graph computes rightly, where the model bounds them.
     """
 
@@ -39,6 +40,7 @@ class Graph:
     weights: dict[str, Weight] = field(default_factory=dict)
     states: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    rings: dict[str, tuple[int, int]] = field(default_factory=dict)
     max_length: int | None = None
 
     @property
@@ -88,7 +90,9 @@ class Graph:
         for old, new in mapping.items():
             new.meta = copy.copy(old.meta)
         module = fx.GraphModule(torch.nn.Module(), nodes)
-        duplicate = replace(self, module=module, weights=dict(self.weights), notes=list(self.notes))
+        duplicate = replace(
+            self, module=module, weights=dict(self.weights), notes=list(self.notes), rings=dict(self.rings)
+        )
         return replace(duplicate, **changes)
 
     def __str__(self) -> str:

@@ -32,6 +32,7 @@ from .count_tokens import ARANGES, PADDING, TOKENS, NotOffset, TokenCounts
 from .fuse_attention import fuse_attention
 from .per_token import TokenAxis, check_per_token, refused
 from .specialize import rederive, specialize
+from .stream_attention import Seen, seen_by
 
 aten = torch.ops.aten
 effc = torch.ops.effc
@@ -41,8 +42,10 @@ CAPACITY_EXAMPLE = 4099
 """A capacity to reason with where a shape rule wants an example; any other works."""
 
 
-def materialize_kv(graph: Graph, kind: str) -> Graph:
+def materialize_kv(graph: Graph, kind: str, ring: bool = False) -> Graph:
     """The graph `kind` ("prefill", "extend" or "decode") of a causal model's fused graph, which stays as it is.
+
+    ring: attention that sees a window only, or some first tokens and a window, gets a ring of slots (`Graph.rings`).
 
     Raises InputError for another kind, ModelError where tokens depend on each other outside of causal attention: it
     names the node, its op, its line in the model and the reason.
@@ -52,7 +55,7 @@ def materialize_kv(graph: Graph, kind: str) -> Graph:
     graph = graph.copy(name=kind, dialect="stateful")
     length = token_count(graph)
     check_cacheable(graph, length)
-    add_cache(graph, length)
+    add_cache(graph, length, ring)
     if kind == "prefill":
         keep_last_token(graph, length)
     if kind == "decode":
@@ -114,10 +117,12 @@ def token_count(graph: Graph) -> sympy.Symbol:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def add_cache(graph: Graph, length: sympy.Symbol) -> None:
+def add_cache(graph: Graph, length: sympy.Symbol, ring: bool = False) -> None:
     """Let every attention write its keys and values to a cache, and read all that is in it."""
-    batch, capacity = graph.placeholder(TOKENS).meta["val"].shape[0], new_size(graph)
+    batch = graph.placeholder(TOKENS).meta["val"].shape[0]
     past = add_placeholder(graph, "past", (batch,), torch.int64)
+    bounds = rings(graph) if ring else {}
+    capacities: dict[Seen | None, torch.SymInt] = {}
 
     def padding() -> fx.Node:
         known = "padding" in graph.inputs
@@ -125,19 +130,47 @@ def add_cache(graph: Graph, length: sympy.Symbol) -> None:
 
     written: dict[fx.Node, fx.Node] = {}
     for node, named, fresh, layer in list(cached_sites(graph)):
+        bound = bounds.get(named["k"])
+        first = None if bound is None else bound.kept
+        if bound not in capacities:
+            capacities[bound] = new_size(graph)
         for letter in fresh:
             new = named[letter]
             _, heads, _, size = new.meta["val"].shape
-            cache = add_placeholder(graph, f"{letter}_cache_{layer}", (batch, heads, capacity, size), dtype_of(new))
+            shape = (batch, heads, capacities[bound], size)
+            cache = add_placeholder(graph, f"{letter}_cache_{layer}", shape, dtype_of(new))
             graph.states += (cache.name,)
-            written[new] = insert(graph, node, effc.kv_write.default, cache, new, past)
+            if bound is not None:
+                graph.rings[cache.name] = (bound.kept, bound.window)
+            written[new] = insert_named(
+                graph, node, effc.kv_write.default, {"cache": cache, "new": new, "past": past, "ring": first}
+            )
         caches = {f"{letter}_cache": written[named[letter]] for letter in "kv"}
-        named |= {**cached_scores(graph, named, length, padding), **caches, "past": past, "key_mask": None}
+        named |= {
+            **cached_scores(graph, named, length, padding),
+            **caches,
+            "past": past,
+            "key_mask": None,
+            "ring": first,
+        }
         replace(graph, node, insert_named(graph, node, effc.cached_attention.default, named))
     try:
         TokenCounts(graph, length, past, padding).rewrite()
     except NotOffset as reason:
         raise refused(graph, reason.node, str(reason)) from None
+
+
+def rings(graph: Graph) -> dict[fx.Node, Seen]:
+    """Keys and values -> what is seen of them, where that is bounded and the same wherever they are read."""
+    seen: dict[fx.Node, set[Seen | None]] = {}
+    sites = [
+        (named["k"], named["v"], seen_by(named["window"], named["visible"])) for _, named, *_ in cached_sites(graph)
+    ]
+    for k, v, bound in sites:
+        for x in (k, v):
+            seen.setdefault(x, set()).add(bound)
+    alike = [site for site in sites if site[2] is not None and seen[site[0]] == seen[site[1]] == {site[2]}]
+    return {x: bound for k, v, bound in alike for x in (k, v)}
 
 
 def cached_sites(graph: Graph) -> Iterator[tuple[fx.Node, dict[str, Any], list[str], int]]:

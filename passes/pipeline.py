@@ -61,9 +61,9 @@ UNPADDED: tuple[Pass, ...] = (drop_padding,)
 """From `forward` to its form for calls without padding."""
 
 
-def cached(kind: str) -> tuple[Pass, ...]:
+def cached(kind: str, ring: bool = False) -> tuple[Pass, ...]:
     """From `forward`, padded or not, to one of the graphs with a cache: "prefill", "extend" or "decode"."""
-    return (partial(materialize_kv, kind=kind),)
+    return (partial(materialize_kv, kind=kind, ring=ring),)
 
 
 @dataclass

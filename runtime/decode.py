@@ -60,39 +60,47 @@ def prefill(
     """Fill the cache with a prompt: input_ids [B, S] -> logits [B, V] after its last token.
 
     attention_mask [B, S] (left padding; None or all ones if there is none) needs an empty cache. With `chunk`, the
-    prompt goes in that many tokens at a time, which bounds the memory of activations.
+    prompt goes in that many tokens at a time, which bounds the memory of activations; a ring may ask for fewer.
     """
     length = input_ids.shape[1]
     cache.require(length)
+    chunk = min(chunk or length, cache.at_a_time)
     if attention_mask is not None and not bool((attention_mask != 0).all()):
         cache.pad(attention_mask)
-    for start in range(0, length, chunk or length):
-        part = input_ids[:, start : start + (chunk or length)]
+    for start in range(0, length, chunk):
+        part = input_ids[:, start : start + chunk]
         logits = run_cached(program, "prefill", part, cache.positions(part.shape[1]), cache)
     return logits[:, -1]
 
 
-def prefill_each(program: Runnable, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+def prefill_each(
+    program: Runnable, input_ids: Tensor, lengths: Tensor, cache: KVCache, chunk: int | None = None
+) -> Tensor:
     """Fill the cache with prompts of different lengths: input_ids [B, S], lengths [B] -> logits [B, V].
 
     Row b holds lengths[b] tokens, then anything. No mask is needed: what is behind a row's end is taken back, with the
     row's last token, which is then decoded again beside those of the others.
     """
-    cache.require(input_ids.shape[1])
-    run_cached(program, "prefill", input_ids, cache.positions(input_ids.shape[1]), cache)
-    cache.rollback(input_ids.shape[1] - (lengths - 1))
-    return decode_one(program, input_ids.gather(1, lengths[:, None] - 1), cache)
+    length = input_ids.shape[1]
+    cache.require(length)
+    chunk = min(chunk or length, max(1, cache.at_a_time - 1))
+    held = lengths - 1
+    for start in range(0, length, chunk):
+        part = input_ids[:, start : start + chunk]
+        run_cached(program, "prefill", part, cache.positions(part.shape[1]), cache)
+        cache.rollback(cache.past - held.clamp(max=start + part.shape[1]))
+    return decode_one(program, input_ids.gather(1, held[:, None]), cache)
 
 
 def decode_one(program: Runnable, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append one token to every row: tokens [B, 1] -> logits [B, V]."""
-    cache.require(1)
+    cache.require_at_once(1)
     return run_cached(program, "decode", tokens, cache.next_position(), cache)[:, -1]
 
 
 def extend(program: Runnable, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append n tokens to every row: tokens [B, n] -> logits [B, n, V] after each (to check guessed tokens)."""
-    cache.require(tokens.shape[1])
+    cache.require_at_once(tokens.shape[1])
     return run_cached(program, "extend", tokens, cache.positions(tokens.shape[1]), cache)
 
 
@@ -211,7 +219,7 @@ def stream(
         held = attention_mask if lengths is None else torch.arange(length, device=input_ids.device) < lengths[:, None]
         seen = seen_tokens(input_ids, held, program.config.vocab_size) if params.penalizes else None
         if lengths is not None:
-            logits = prefill_each(program, input_ids.long(), lengths, cache)
+            logits = prefill_each(program, input_ids.long(), lengths, cache, chunk)
         else:
             logits = prefill(program, input_ids.long(), attention_mask, cache, chunk)
         for step in range(max_new_tokens):
