@@ -16,12 +16,14 @@ from typing import Any
 import sympy
 import torch
 from sympy.logic.boolalg import BooleanFunction
-from torch import fx
+from torch import Tensor, fx
 
 from .graph import Graph, dtype_of, is_tensor, sizes
+from .index_constants import constant_function
 from .index_rules import HANDLERS
-from .index_values import IndexFunction, NotInferred, Value, as_dtype, canonical, constant, constant_of, nonnegative
+from .index_values import IndexFunction, NotInferred, Value, canonical, constant, constant_of, nonnegative
 from .pattern import arguments
+from .rewrite import add_weight
 from .weights import Constant
 
 __all__ = ["IndexFunction", "Inference", "NotInferred"]
@@ -30,15 +32,19 @@ __all__ = ["IndexFunction", "Inference", "NotInferred"]
 class Inference:
     """Infers index functions; nodes in `opaque`, and all placeholders, are unknown functions of their own name.
 
-    graph: gives the values of constant buffers, of which a lower triangle is recognized. Without it, they are unknown.
+    graph: gives the values of buffers, which `index_constants` reads. Without it, they are unknown.
+    partial: what the algebra does not know is an unknown function too, with the reason in `unknowns`, where an error
+    would be raised otherwise.
     """
 
-    def __init__(self, graph: Graph | None = None, opaque: Collection[fx.Node] = ()) -> None:
-        self.weights = graph.weights if graph is not None else {}
+    def __init__(self, graph: Graph | None = None, opaque: Collection[fx.Node] = (), *, partial: bool = False) -> None:
+        self.graph = graph
         self.opaque = frozenset(opaque)
+        self.partial = partial
         self.known: dict[fx.Node, IndexFunction] = {}
         self.ranges: dict[sympy.Symbol, sympy.Expr] = {}
         self.leaves: dict[str, fx.Node] = {}
+        self.unknowns: dict[fx.Node, str] = {}
 
     def index(self, name: str, size: sympy.Expr) -> sympy.Expr:
         """An index variable 0 <= name < size, or 0 where the size is 1."""
@@ -57,24 +63,43 @@ class Inference:
     def _infer(self, node: fx.Node) -> IndexFunction:
         if not is_tensor(node):
             raise NotInferred(node, "it does not compute one tensor")
-        if node.op == "placeholder" or node in self.opaque:
-            return self._leaf(node)
-        handler = HANDLERS.get(node.target)
-        if node.op != "call_function" or handler is None:
-            raise NotInferred(node, f"{node.target} is not index arithmetic")
-        return handler(self, node, **arguments(node))
+        if node.op == "placeholder":
+            return self._placeholder(node)
+        if node in self.opaque:
+            return self.leaf(node)
+        try:
+            handler = HANDLERS.get(node.target)
+            if node.op != "call_function" or handler is None:
+                raise NotInferred(node, f"{node.target} is not index arithmetic")
+            return handler(self, node, **arguments(node))
+        except NotInferred as unknown:
+            if not self.partial:
+                raise
+            return self.unknown(node, unknown.reason)
 
-    def _leaf(self, node: fx.Node) -> IndexFunction:
-        weight = self.weights.get(node.name)
-        boolean = dtype_of(node) == torch.bool
-        if isinstance(weight, Constant) and is_lower_triangle(weight.tensor):
-            return IndexFunction(sizes(node), lambda *i: as_dtype(nonnegative(i[-2] - i[-1]), boolean))
+    def _placeholder(self, node: fx.Node) -> IndexFunction:
+        weight = self.graph.weights.get(node.name) if self.graph is not None else None
+        found = constant_function(self, node, weight.tensor) if isinstance(weight, Constant) else None
+        return found or self.leaf(node)
+
+    def unknown(self, node: fx.Node, reason: str) -> IndexFunction:
+        """An unknown function, for a reason."""
+        self.unknowns[node] = reason
+        return self.leaf(node)
+
+    def leaf(self, node: fx.Node) -> IndexFunction:
+        """The function of its indices, by the node's name, that a tensor is by being a tensor."""
         self.leaves[node.name] = node
-        assumptions = {"real": True} if dtype_of(node).is_floating_point else {"integer": True}
+        dtype = dtype_of(node)
+        assumptions = {"real": True} if dtype.is_floating_point else {"integer": True}
         function = sympy.Function(node.name, **assumptions)
-        if boolean:
+        if dtype == torch.bool:
             return IndexFunction(sizes(node), lambda *i: sympy.Ne(function(*i), 0))
         return IndexFunction(sizes(node), lambda *i: function(*i))
+
+    def table(self, node: fx.Node, name: str, values: Tensor) -> fx.Node:
+        """A new weight of the graph that holds `values`, which were found in the weight `node`."""
+        return add_weight(self.graph, f"{node.name}_{name}", Constant.of(values))
 
     def operand(self, value: Any, node: fx.Node) -> IndexFunction:
         """An argument of `node`: a tensor node, a size, or a number."""
@@ -121,13 +146,3 @@ class Inference:
         if bounds and nonnegative(bounds[0]) == sympy.true and nonnegative(size - 1 - bounds[1]) == sympy.true:
             return quotient, rest
         return quotient + sympy.floor(rest / size), sympy.Mod(rest, size)
-
-
-def is_lower_triangle(tensor: torch.Tensor) -> bool:
-    """Whether a constant [1, ..., N, N] with N > 1 is one on and below the diagonal and zero above."""
-    if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < 2:
-        return False
-    if tensor.numel() != tensor.shape[-1] ** 2:
-        return False
-    square = tensor.reshape(tensor.shape[-2:])
-    return bool((square == torch.ones_like(square).tril()).all())

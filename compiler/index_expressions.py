@@ -5,7 +5,8 @@
     "(k < 16) | (q - k < 1024)"        a condition: a prefix, and a window
 
 Names: b batch, h query head, q and k positions of query and key in the sequence, t0, t1, ... tables. Operators: + - * /
-// % comparisons & | ~, and where(condition, a, b), minimum(a, b), maximum(a, b). An element outside of a table is 0.
+// % comparisons & | ~, and where(condition, a, b), minimum(a, b), maximum(a, b). bfloat16(x) and float16(x) round, as a
+model does that computes its bias in half precision. An element outside of a table is 0.
 It is Python's syntax, so that a kernel generator prints the same tree that `evaluate` interprets.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -40,7 +41,19 @@ COMPARE = {
     ast.NotEq: operator.ne,
 }
 UNARY = {ast.USub: operator.neg, ast.Invert: operator.invert}
-FUNCTIONS = {"where": torch.where, "minimum": torch.minimum, "maximum": torch.maximum}
+
+
+def rounds_to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.to(dtype).to(x.dtype if x.is_floating_point() else torch.float32)
+
+
+FUNCTIONS = {
+    "where": torch.where,
+    "minimum": torch.minimum,
+    "maximum": torch.maximum,
+    "bfloat16": rounds_to(torch.bfloat16),
+    "float16": rounds_to(torch.float16),
+}
 
 
 @cache

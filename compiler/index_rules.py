@@ -11,22 +11,25 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from sympy import Piecewise
+from sympy.core.function import AppliedUndef
 from torch import fx
 
-from .graph import dtype_of, size_expr, sizes
+from .graph import dtype_of, is_tensor, size_expr, sizes
 from .index_values import (
+    ROUNDINGS,
     IndexFunction,
     NotInferred,
     Value,
     as_dtype,
     choose,
-    constant_of,
     equal,
+    is_truth,
     less,
     less_equal,
     nonnegative,
     number,
     reshape_groups,
+    rounded,
     truth,
 )
 
@@ -48,13 +51,29 @@ def handles(*targets: Any) -> Callable[[Handler], Handler]:
 
 
 def pointwise(function: Callable[..., Value], *targets: Any) -> None:
-    """Ops that apply `function` to the broadcast elements of their tensor and number arguments."""
+    """Ops that apply `function` to the broadcast elements of their tensor and number arguments.
+
+    In half precision, tensors are rounded before and the result after, as eager does.
+    """
 
     def handler(x: Inference, node: fx.Node, **named: Any) -> IndexFunction:
-        if named.pop("alpha", 1) != 1 or named.pop("rounding_mode", None) is not None:
-            raise NotInferred(node, f"{node.target} with another alpha or rounding")
-        operands = [x.operand(value, node) for value in named.values()]
-        return IndexFunction(sizes(node), lambda *i: function(*(operand.read(i) for operand in operands)))
+        if named.pop("alpha", 1) != 1:
+            raise NotInferred(node, f"{node.target} with another alpha")
+        dtype = dtype_of(node)
+        half = dtype in ROUNDINGS
+        operands = [(x.operand(value, node), half and is_tensor(value)) for value in named.values()]
+
+        def at(*i: sympy.Expr) -> Value:
+            values = [operand.read(i) for operand, _ in operands]
+            if not half:
+                return function(*values)
+            inner = (
+                rounded(value, dtype) if tensor and not is_truth(value) else value
+                for value, (_, tensor) in zip(values, operands)
+            )
+            return rounded(number(function(*inner)), dtype)
+
+        return IndexFunction(sizes(node), at)
 
     handles(*targets)(handler)
 
@@ -67,6 +86,7 @@ pointwise(numeric(lambda a, b: a + b), aten.add.Tensor, aten.add.Scalar)
 pointwise(numeric(lambda a, b: a - b), aten.sub.Tensor, aten.sub.Scalar)
 pointwise(numeric(lambda a, b: b - a), aten.rsub.Tensor, aten.rsub.Scalar)
 pointwise(numeric(lambda a, b: a * b), aten.mul.Tensor, aten.mul.Scalar)
+pointwise(numeric(lambda a, b: a / b), aten.div.Tensor, aten.div.Scalar)
 pointwise(numeric(lambda a: -a), aten.neg.default)
 pointwise(numeric(sympy.Abs), aten.abs.default)
 pointwise(numeric(sympy.Max), aten.maximum.default, aten.clamp_min.default)
@@ -88,6 +108,25 @@ pointwise(
     aten.where.Scalar,
 )
 pointwise(lambda x, mask, value: choose(truth(mask), value, x), aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+
+
+@handles(aten.floor_divide.default, aten.div.Tensor_mode, aten.div.Scalar_mode)
+@handles(aten.remainder.Scalar, aten.remainder.Tensor)
+def whole_division(x: Inference, node: fx.Node, rounding_mode: str = "floor", **named: Any) -> IndexFunction:
+    """x // n and x % n of whole numbers."""
+    left, right = (x.operand(value, node) for value in named.values())
+    size = right.at() if right.shape == () else None
+    if size is None or not (size.is_Integer and size > 0) or rounding_mode != "floor":
+        raise NotInferred(node, "the divisor is not a positive whole number, or the quotient is not rounded down")
+    place = "remainder" in node.target.name()
+
+    def at(*i: sympy.Expr) -> Value:
+        value = number(left.read(i))
+        if not value.is_integer:
+            raise NotInferred(node, f"{value} is not known to be whole")
+        return x.divmod(value, size)[place]
+
+    return IndexFunction(sizes(node), at)
 
 
 @handles(aten.bitwise_and.Tensor, aten.__and__.Tensor, aten.bitwise_or.Tensor, aten.__or__.Tensor)
@@ -116,23 +155,13 @@ def to_dtype(x: Inference, node: fx.Node, **named: Any) -> IndexFunction:
     inner = x.infer(source)
     if before.is_floating_point and not after.is_floating_point and after != torch.bool:
         raise NotInferred(node, f"it rounds {before} to {after}")
-    narrows = before != after and after.is_floating_point and after.itemsize < 8
-    return IndexFunction(
-        inner.shape, lambda *i: rounded(as_dtype(inner.at(*i), after == torch.bool), after, node, narrows)
-    )
+    narrows = before != after and after.itemsize < 8
 
+    def at(*i: sympy.Expr) -> Value:
+        value = as_dtype(inner.at(*i), after == torch.bool)
+        return rounded(value, after) if narrows and not is_truth(value) else value
 
-def rounded(value: Value, dtype: torch.dtype, node: fx.Node, narrows: bool) -> Value:
-    """The numbers in `value` as `dtype` holds them."""
-    if not narrows:
-        return value
-    if isinstance(value, Piecewise):
-        return Piecewise(*((rounded(branch, dtype, node, narrows), condition) for branch, condition in value.args))
-    if value.is_number:
-        return constant_of(torch.tensor(float(value), dtype=dtype).item())
-    if value.is_integer and dtype == torch.float32:
-        return value  # indices and token counts are below 2 ** 24
-    raise NotInferred(node, f"{value} is rounded to {dtype}")
+    return IndexFunction(inner.shape, at)
 
 
 @handles(aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -147,7 +176,7 @@ def arange(x: Inference, node: fx.Node, **named: Any) -> IndexFunction:
 def full(x: Inference, node: fx.Node, **named: Any) -> IndexFunction:
     value = x.operand(named.get("fill_value", named.get("s")), node).at()
     value = as_dtype(value, dtype_of(node) == torch.bool)
-    value = rounded(value, dtype_of(node), node, dtype_of(node).is_floating_point)
+    value = value if is_truth(value) else rounded(value, dtype_of(node))
     return IndexFunction(sizes(node), lambda *i: value)
 
 
@@ -187,7 +216,7 @@ def cumsum(x: Inference, node: fx.Node, dim: int, **named: Any) -> IndexFunction
     def at(*i: sympy.Expr) -> Value:
         j = sympy.Dummy("j", integer=True, nonnegative=True)
         term = number(inner.at(*i[:axis], j, *i[axis + 1 :]))
-        return term * (i[axis] + 1) if not term.has(j) else sympy.Sum(term, (j, 0, i[axis]))
+        return term * (i[axis] + 1) if not term.has(j) else x.unknown(node, "it counts along its input").at(*i)
 
     return IndexFunction(inner.shape, at)
 
@@ -214,10 +243,17 @@ def diff(x: Inference, node: fx.Node, n: int, dim: int, prepend: Any, append: An
     return IndexFunction(sizes(node), at)
 
 
+def reads_a_tensor(function: IndexFunction) -> bool:
+    """Whether elements are more than arithmetic on their indices."""
+    return bool(function.at(*sympy.symbols(f"i:{len(function.shape)}", integer=True)).atoms(AppliedUndef))
+
+
 @handles(aten.cat.default)
 def cat(x: Inference, node: fx.Node, tensors: Sequence[fx.Node], dim: int) -> IndexFunction:
     parts = [x.infer(tensor) for tensor in tensors]
     axis = dim % len(parts[0].shape)
+    if dtype_of(node).is_floating_point and any(map(reads_a_tensor, parts)):
+        return x.unknown(node, "it joins tensors")
 
     def at(*i: sympy.Expr) -> Value:
         start, value = sum((part.shape[axis] for part in parts), sympy.Integer(0)), None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from sympy import Piecewise
 from sympy.logic.boolalg import Boolean
 from torch import fx
@@ -20,6 +21,10 @@ from .graph import size_expr
 
 Shape = tuple[sympy.Expr, ...]
 Value = sympy.Basic  # a number (sympy.Expr) or a truth value (Boolean)
+
+
+ROUNDINGS = {dtype: sympy.Function(str(dtype)[6:], real=True) for dtype in (torch.bfloat16, torch.float16)}
+"""The function that rounds to a dtype, by its name: bfloat16(x). That fp32 holds 24 bits is not modelled."""
 
 
 class NotInferred(Exception):
@@ -57,6 +62,18 @@ def constant_of(value: Any) -> Value:
     if math.isinf(value):
         return sympy.oo if value > 0 else -sympy.oo
     return sympy.Integer(int(value)) if value.is_integer() else sympy.Float(value)
+
+
+def rounded(value: Value, dtype: torch.dtype) -> Value:
+    """A number as `dtype` holds it."""
+    if not dtype.is_floating_point:
+        return value
+    if isinstance(value, Piecewise):
+        return Piecewise(*((rounded(branch, dtype), condition) for branch, condition in value.args))
+    if value.is_number:
+        return constant_of(torch.tensor(float(value), dtype=dtype).item())
+    rounding = ROUNDINGS.get(dtype)
+    return value if rounding is None or value.func == rounding else rounding(value)
 
 
 def nonnegative(expr: sympy.Expr) -> Value:
@@ -114,15 +131,33 @@ def choose(condition: Value, value: Value, otherwise: Value) -> Value:
     return Piecewise((number(value), condition), (number(otherwise), True))
 
 
+def over_branches(compare: Callable[..., Value]) -> Callable[..., Value]:
+    """A comparison of numbers, branch by branch: where(c, 0, -9) < -1 is not c."""
+
+    def distributed(*values: sympy.Expr) -> Value:
+        for place, value in enumerate(values):
+            if isinstance(value, Piecewise):
+                result: Value = sympy.false
+                for branch, condition in reversed(value.args):
+                    result = choose(condition, distributed(*values[:place], branch, *values[place + 1 :]), result)
+                return result
+        return compare(*values)
+
+    return distributed
+
+
+@over_branches
 def less_equal(left: sympy.Expr, right: sympy.Expr) -> Value:
     return nonnegative(right - left)
 
 
+@over_branches
 def less(left: sympy.Expr, right: sympy.Expr) -> Value:
     difference = right - left
     return nonnegative(difference - 1) if difference.is_integer else sympy.Gt(difference, 0)
 
 
+@over_branches
 def equal(left: sympy.Expr, right: sympy.Expr) -> Value:
     return sympy.Eq(sympy.expand(left - right), 0)
 
