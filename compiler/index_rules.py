@@ -22,12 +22,14 @@ from .index_values import (
     Value,
     as_dtype,
     choose,
+    constant_of,
     equal,
     is_truth,
     less,
     less_equal,
     nonnegative,
     number,
+    over_branches,
     reshape_groups,
     rounded,
     truth,
@@ -89,8 +91,9 @@ pointwise(numeric(lambda a, b: a * b), aten.mul.Tensor, aten.mul.Scalar)
 pointwise(numeric(lambda a, b: a / b), aten.div.Tensor, aten.div.Scalar)
 pointwise(numeric(lambda a: -a), aten.neg.default)
 pointwise(numeric(sympy.Abs), aten.abs.default)
-pointwise(numeric(sympy.Max), aten.maximum.default, aten.clamp_min.default)
-pointwise(numeric(sympy.Min), aten.minimum.default, aten.clamp_max.default)
+largest, smallest = over_branches(sympy.Max), over_branches(sympy.Min)
+pointwise(numeric(largest), aten.maximum.default, aten.clamp_min.default)
+pointwise(numeric(smallest), aten.minimum.default, aten.clamp_max.default)
 pointwise(numeric(less_equal), aten.le.Tensor, aten.le.Scalar)
 pointwise(numeric(less), aten.lt.Tensor, aten.lt.Scalar)
 pointwise(numeric(lambda a, b: less_equal(b, a)), aten.ge.Tensor, aten.ge.Scalar)
@@ -108,6 +111,19 @@ pointwise(
     aten.where.Scalar,
 )
 pointwise(lambda x, mask, value: choose(truth(mask), value, x), aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+
+
+@handles(aten.clamp.default)
+def clamp(x: Inference, node: fx.Node, min: Any, max: Any, **named: Any) -> IndexFunction:
+    inner = x.infer(next(iter(named.values())))
+    low, high = (bound if bound is None else constant_of(bound) for bound in (min, max))
+
+    def at(*i: sympy.Expr) -> Value:
+        value = number(inner.at(*i))
+        value = value if low is None else largest(value, low)
+        return value if high is None else smallest(value, high)
+
+    return IndexFunction(sizes(node), at)
 
 
 @handles(aten.floor_divide.default, aten.div.Tensor_mode, aten.div.Scalar_mode)

@@ -60,7 +60,7 @@ class Writer:
         return text if simple else f"({text})"
 
     def number(self, value: sympy.Expr) -> str:
-        if value.is_Integer:
+        if value.is_Integer and abs(value) < 2**53:
             return str(int(value))
         if not value.is_finite:
             raise NoText("it is infinite")
@@ -101,7 +101,10 @@ class Writer:
         low = -sum((term for term in terms if not term.is_number and negative(term)), sympy.Integer(0))
         if isinstance(value, (sympy.Eq, sympy.Ne)):
             sign = "==" if isinstance(value, sympy.Eq) else "!="
-            return f"{self.write(high)} {sign} {self.write(low - known)}"
+            left, right = (
+                (high, low - known) if low == 0 or (high != 0 and order(high) < order(low)) else (low, high + known)
+            )
+            return f"{self.write(left)} {sign} {self.write(right)}"
         strict = isinstance(value, sympy.Gt)
         if high == 0:  # low <= known
             whole = known.is_Integer and not strict
@@ -131,6 +134,9 @@ class Writer:
         texts = sorted(map(self.write, value.args))
         return reduce(lambda left, right: f"{name}({left}, {right})", texts)
 
+    def absolute(self, value: sympy.Abs) -> str:
+        return self.extreme(sympy.Max(value.args[0], -value.args[0], evaluate=False))
+
     def call(self, value: AppliedUndef) -> str:
         if value.func in ROUNDINGS.values():
             return f"{value.name}({self.write(value.args[0])})"
@@ -153,6 +159,7 @@ class Writer:
         Piecewise: cases,
         sympy.Max: extreme,
         sympy.Min: extreme,
+        sympy.Abs: absolute,
         AppliedUndef: call,
     }
 

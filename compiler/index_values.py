@@ -131,17 +131,18 @@ def choose(condition: Value, value: Value, otherwise: Value) -> Value:
     return Piecewise((number(value), condition), (number(otherwise), True))
 
 
-def over_branches(compare: Callable[..., Value]) -> Callable[..., Value]:
-    """A comparison of numbers, branch by branch: where(c, 0, -9) < -1 is not c."""
+def over_branches(function: Callable[..., Value]) -> Callable[..., Value]:
+    """A function of numbers, branch by branch: where(c, 0, -9) < -1 is not c."""
 
     def distributed(*values: sympy.Expr) -> Value:
         for place, value in enumerate(values):
             if isinstance(value, Piecewise):
-                result: Value = sympy.false
+                result: Value | None = None
                 for branch, condition in reversed(value.args):
-                    result = choose(condition, distributed(*values[:place], branch, *values[place + 1 :]), result)
+                    inner = distributed(*values[:place], branch, *values[place + 1 :])
+                    result = inner if result is None else choose(condition, inner, result)
                 return result
-        return compare(*values)
+        return function(*values)
 
     return distributed
 

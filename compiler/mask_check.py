@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from .attention_ops import all_of, index_terms
 from .graph import Graph, size_expr
 from .index_values import NotInferred, Shape
-from .masks import HIDDEN, Blend, Mask, MaskForm
+from .mask_form import HIDDEN, MaskForm
 from .weights import Constant
 
 CHECKED_SIZES = range(2, 8)
@@ -26,23 +26,22 @@ LONGEST = 2048
 
 
 def check_masks(
-    graph: Graph, masks: Sequence[Mask], form: MaskForm, scores: Shape, unknown: Collection[fx.Node] = ()
+    graph: Graph, masks: Sequence[fx.Node], form: MaskForm, scores: Shape, unknown: Collection[fx.Node] = ()
 ) -> None:
     """Compare `form` with the graph's own masks at several sizes and inputs. Raises NotInferred where they differ.
 
     unknown: nodes that are unknown functions to the form, which hold random numbers as the inputs do.
     """
-    nodes = [node for mask in masks for node in (mask if isinstance(mask, Blend) else (mask,))]
     compared, failure = 0, None
-    for seed, sizes in enumerate([reaching_sizes(form, scores), *[{}] * ATTEMPTS]):
+    for seed, sizes in enumerate([reaching_sizes(form, masks, scores), *[{}] * ATTEMPTS]):
         try:
-            values, symbols = evaluate_at_random(graph, nodes, form, unknown, scores, sizes, seed=seed)
+            values, symbols = evaluate_at_random(graph, masks, form, unknown, scores, sizes, seed=seed)
             same = agrees(form, masks, values, [size.subs(symbols) for size in scores])
         except NotInferred as reason:
             failure = reason
             continue
         if not same:
-            raise NotInferred(nodes[0], f"it was read as {form}, but the graph computes another mask (seed {seed})")
+            raise NotInferred(masks[0], f"it was read as {form}, but the graph computes another mask (seed {seed})")
         compared += 1
         if compared == CHECKS:
             return
@@ -50,15 +49,16 @@ def check_masks(
         raise failure
 
 
-def reaching_sizes(form: MaskForm, scores: Shape) -> dict[sympy.Symbol, int]:
-    """Lengths beyond the form's window and the numbers in its texts, where those are not too long to try."""
-    numbers = [form.window or 0, *map(int, re.findall(r"\b\d+\b", f"{form.visible} {form.bias}"))]
-    reach = max(numbers) + 3
+def reaching_sizes(form: MaskForm, masks: Sequence[fx.Node], scores: Shape) -> dict[sympy.Symbol, int]:
+    """Lengths beyond the numbers in the form and in the masks' arithmetic, where those are not too long to try."""
+    texts = [str(form.window), str(form.visible), str(form.bias), *(str(node.args) for node in ancestors(*masks))]
+    numbers = {int(number) for text in texts for number in re.findall(r"(?<![\w.])\d+(?![\w.])", text)}
+    reach = 3 + max((number for number in numbers if number + 3 <= LONGEST), default=0)
     lengths = [size for size in scores[2:] if isinstance(size, sympy.Symbol)]
-    return dict.fromkeys(lengths, reach) if max(CHECKED_SIZES) < reach <= LONGEST else {}
+    return dict.fromkeys(lengths, reach) if reach > max(CHECKED_SIZES) else {}
 
 
-def agrees(form: MaskForm, masks: Sequence[Mask], values: dict[fx.Node, Any], scores: list[sympy.Expr]) -> bool:
+def agrees(form: MaskForm, masks: Sequence[fx.Node], values: dict[fx.Node, Any], scores: list[sympy.Expr]) -> bool:
     """Whether the values of the masks, broadcast to `scores` [B, H, S, T], are what `form` says."""
     shape = tuple(map(int, scores))
     batch, heads, length, context = shape
@@ -87,11 +87,8 @@ def agrees(form: MaskForm, masks: Sequence[Mask], values: dict[fx.Node, Any], sc
         return False
 
 
-def meaning(mask: Mask, values: dict[fx.Node, Any], scores: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def meaning(mask: fx.Node, values: dict[fx.Node, Any], scores: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(visible, added to the scores) as the graph computes them."""
-    if isinstance(mask, Blend):
-        factor, added = (of_rank_4(values[node], scores) for node in mask)
-        return (factor == 1) & (added > HIDDEN), added
     value = of_rank_4(values[mask], scores)
     return (value, torch.zeros(())) if value.dtype == torch.bool else (value > HIDDEN, value)
 
@@ -133,7 +130,7 @@ def evaluate_at_random(
     symbols = (example_sizes(wanted) if seed in (1, 2) else {}) | symbols
 
     def size(value: Any) -> int:
-        expr = size_expr(value)
+        expr = value if isinstance(value, sympy.Expr) else size_expr(value)
         for symbol in sorted(expr.free_symbols, key=str):
             symbols.setdefault(symbol, chooser.choice(CHECKED_SIZES))
         return int(expr.subs(symbols))

@@ -19,47 +19,24 @@ import sympy
 import torch
 from sympy import Piecewise
 from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import BooleanFunction
 from torch import fx
 
 from .graph import Graph, dtype_of, size_expr, sizes
 from .index_algebra import Inference, NotInferred
 from .index_text import NoText, Writer
-from .index_values import Shape, Value
+from .index_values import Shape, Value, canonical
+from .mask_check import ancestors, check_masks, evaluated
+from .mask_form import HIDDEN, MaskForm
 from .rewrite import add_weight
 from .weights import Constant
 
-HIDDEN = -1e4
-"""An additive mask hides a key where it adds this or less (the first GPT's choice; others take the lowest number)."""
+__all__ = ["HIDDEN", "MaskForm", "Masks"]
+
+MAX_PARTS = 12
+"""A condition of more parts is not simplified, which takes time exponential in their number."""
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class MaskForm:
-    """A mask in the arguments of `effc.attention`; key k is visible to query q where all its conditions hold.
-
-    causal: k <= q. window: k > q - window. key_mask: key_mask[b, k] != 0, an input of at least [B, T], of which what is
-    beyond is not read; one of integers holds 0 and 1. visible: a condition over b, h, q, k and the tables t0, t1, ...
-    (`index_expressions`). bias: what is added to the scores of visible keys, up to a number for each (b, h, q), which
-    the softmax does not see.
-    """
-
-    causal: bool = False
-    window: int | None = None
-    key_mask: fx.Node | None = None
-    visible: str | None = None
-    bias: str | None = None
-    tables: tuple[fx.Node, ...] = ()
-
-
-class Blend(NamedTuple):
-    """A mask in two tensors: scores * factor + added."""
-
-    factor: fx.Node
-    added: fx.Node
-
-
-Mask = fx.Node | Blend
 
 
 class Reading(NamedTuple):
@@ -74,15 +51,15 @@ class Masks:
     """Reads the masks of one graph; each is inferred and checked once however many layers use it."""
 
     graph: Graph
-    known: dict[tuple[tuple[Mask, ...], Shape], MaskForm | NotInferred] = field(default_factory=dict)
+    known: dict[tuple[tuple[fx.Node, ...], Shape], MaskForm | NotInferred] = field(default_factory=dict)
 
-    def read(self, mask: Mask, scores: Shape) -> MaskForm:
+    def read(self, mask: fx.Node, scores: Shape) -> MaskForm:
         """What `mask`, broadcast to `scores` [B, H, S, T], means. Raises NotInferred where that is not known."""
         return self._read((mask,), scores)
 
-    def read_together(self, masks: Sequence[Mask], scores: Shape) -> tuple[MaskForm, dict[Mask, NotInferred]]:
+    def read_together(self, masks: Sequence[fx.Node], scores: Shape) -> tuple[MaskForm, dict[fx.Node, NotInferred]]:
         """What several masks mean that all hold, and those that stay operands with the reasons."""
-        rest: dict[Mask, NotInferred] = {}
+        rest: dict[fx.Node, NotInferred] = {}
         for mask in masks:
             try:
                 self.read(mask, scores)
@@ -90,7 +67,7 @@ class Masks:
                 rest[mask] = reason
         return self._read(tuple(mask for mask in masks if mask not in rest), scores), rest
 
-    def _read(self, masks: tuple[Mask, ...], scores: Shape) -> MaskForm:
+    def _read(self, masks: tuple[fx.Node, ...], scores: Shape) -> MaskForm:
         if (masks, scores) not in self.known:
             try:
                 self.known[masks, scores] = checked_form(self.graph, masks, scores) if masks else MaskForm()
@@ -102,10 +79,8 @@ class Masks:
         return found
 
 
-def checked_form(graph: Graph, masks: Sequence[Mask], scores: Shape) -> MaskForm:
+def checked_form(graph: Graph, masks: Sequence[fx.Node], scores: Shape) -> MaskForm:
     """What the masks mean together. Raises NotInferred."""
-    from .mask_check import check_masks
-
     inference = Inference(graph, partial=True)
     try:
         form = infer_masks(inference, masks, scores)
@@ -133,30 +108,41 @@ def folded_table(graph: Graph, table: fx.Node) -> fx.Node:
     return add_weight(graph, f"{table.name}_table", Constant.of(evaluated(graph, [table], {})[table]))
 
 
-def infer_masks(inference: Inference, masks: Sequence[Mask], scores: Shape) -> MaskForm:
+def infer_masks(inference: Inference, masks: Sequence[fx.Node], scores: Shape) -> MaskForm:
     """What the masks mean together, by the algebra alone. Raises NotInferred."""
     indices = tuple(inference.index(name, size) for name, size in zip("bhqk", scores))
-    readings = [reading_of(inference, mask, indices, scores) for mask in masks]
+    readings = [conditions(element(inference, mask, indices, scores), mask) for mask in masks]
     condition = sympy.And(*(reading.condition for reading in readings))
     bias = sum((reading.bias for reading in readings), sympy.Integer(0))
-    node = masks[0].added if isinstance(masks[0], Blend) else masks[0]
-    return form_of(inference, Reading(inference.decide(condition), bias), indices, node)
+    return form_of(inference, Reading(simplified(inference.decide(condition)), bias), indices, masks[0])
+
+
+def simplified(condition: Value) -> Value:
+    """The condition as a conjunction: ~(k <= q & m == 0) & k <= q  -->  k <= q & m != 0"""
+    parts: dict[Value, Value] = {}
+
+    def atom(part: Value) -> Value:
+        if isinstance(part, BooleanFunction):
+            return part.func(*map(atom, part.args))
+        if part in (sympy.true, sympy.false):
+            return part
+        opposite = canonical(sympy.Not(part))
+        if opposite in parts:
+            return sympy.Not(parts[opposite])
+        return parts.setdefault(part, sympy.Symbol(f"part{len(parts)}"))
+
+    logic = sympy.simplify_logic(atom(condition), form="cnf", force=len(parts) <= MAX_PARTS)
+    names = {symbol: part for part, symbol in parts.items()}
+
+    def part(logic: Value) -> Value:
+        if isinstance(logic, sympy.Not) and logic.args[0] in names:
+            return canonical(sympy.Not(names[logic.args[0]]))
+        return names[logic] if logic in names else logic.func(*map(part, logic.args)) if logic.args else logic
+
+    return part(logic)
 
 
 # --- masks to conditions ---------------------------------------------------------------------------------------------
-
-
-def reading_of(inference: Inference, mask: Mask, indices: tuple[sympy.Expr, ...], scores: Shape) -> Reading:
-    if not isinstance(mask, Blend):
-        return conditions(element(inference, mask, indices, scores), mask)
-    kept, added = (element(inference, node, indices, scores) for node in mask)
-    left_alone = sympy.Or(*(condition for factor, condition in branches(kept) if factor == 1))
-    if not {factor for factor, _ in branches(kept)} <= {0, 1}:
-        raise NotInferred(mask.factor, f"it multiplies the scores by {kept}")
-    visible, bias = conditions(added, mask.added)
-    if inference.decide(sympy.And(visible, sympy.Not(left_alone))) != sympy.false:
-        raise NotInferred(mask.added, "it leaves keys visible whose scores are multiplied by zero")
-    return Reading(sympy.And(visible, left_alone), bias)
 
 
 def element(inference: Inference, mask: fx.Node, indices: tuple[sympy.Expr, ...], scores: Shape) -> Value:
@@ -175,7 +161,7 @@ def conditions(value: Value, mask: fx.Node) -> Reading:
         return Reading(value, sympy.Integer(0))
     visible: list[Value] = []
     biases: list[tuple[sympy.Expr, Value]] = []
-    for added, condition in branches(of_zero_and_one(value)):
+    for added, condition in branches(value):
         if not hides(added):
             visible.append(condition)
             biases.append((added, condition))
@@ -191,18 +177,18 @@ def branches(value: Value) -> list[tuple[sympy.Expr, Value]]:
     value = sympy.piecewise_fold(value)
     found, before = [], []
     for branch, condition in value.args if isinstance(value, Piecewise) else ((value, sympy.true),):
-        found.append((branch, sympy.And(condition, *(sympy.Not(earlier) for earlier in before))))
+        condition_here = sympy.And(condition, *(sympy.Not(earlier) for earlier in before))
+        found += [(added, sympy.And(condition_here, digit)) for added, digit in of_zero_and_one(branch)]
         before.append(condition)
     return found
 
 
-def of_zero_and_one(value: sympy.Expr) -> sympy.Expr:
-    """(1 - mask[b, k]) * -3.4e38  -->  where(mask[b, k] == 0, -3.4e38, 0): a mask of integers holds 0 and 1."""
-    for call in value.atoms(AppliedUndef):
-        slope = value.diff(call) if call.is_integer else sympy.Integer(0)
-        if slope.is_number and slope.is_extended_real and slope >= -HIDDEN:
-            value = Piecewise((value.subs(call, 0), sympy.Eq(call, 0)), (value.subs(call, 1), True))
-    return value
+def of_zero_and_one(added: sympy.Expr) -> list[tuple[sympy.Expr, Value]]:
+    """(1 - mask[b, k]) * -3.4e38 is -3.4e38 where mask[b, k] == 0, and 0 elsewhere: it holds 0 and 1."""
+    for call in added.atoms(AppliedUndef):
+        if call.is_integer and hides(added.subs(call, 0)):
+            return [(added.subs(call, 0), sympy.Eq(call, 0)), (added.subs(call, 1), sympy.Ne(call, 0))]
+    return [(added, sympy.true)]
 
 
 def hides(added: sympy.Expr) -> bool:
@@ -217,7 +203,7 @@ def form_of(inference: Inference, reading: Reading, indices: tuple[sympy.Expr, .
     b, _, q, k = indices
     causal, window, key_mask = False, None, None
     others: list[Value] = []
-    for part in sympy.And.make_args(reading.condition):
+    for part in sorted(sympy.And.make_args(reading.condition), key=str):
         padding = padding_input(inference, part, (b, k))
         reach = window_of(part, q, k)
         if part == sympy.true:
@@ -234,6 +220,8 @@ def form_of(inference: Inference, reading: Reading, indices: tuple[sympy.Expr, .
     if key_mask is not None and not dtype_of(key_mask).is_floating_point:
         bias = bias.subs(sympy.Function(key_mask.name, integer=True)(b, k), 1)
     condition = sympy.And(*others)
+    if condition == sympy.false:
+        raise NotInferred(mask, "it hides every key")
     bias = sum((term for term in sympy.Add.make_args(sympy.expand(bias)) if term.has(k)), sympy.Integer(0))
     writer = Writer(inference.leaves)
     for value in (condition, bias):
