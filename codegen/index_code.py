@@ -36,6 +36,7 @@ OPERATORS = {
     ast.NotEq: "!=",
 }
 FUNCTIONS = {"where": "tl.where", "minimum": "tl.minimum", "maximum": "tl.maximum"}
+ROUNDINGS = {"bfloat16", "float16"}
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ def floored(op: ast.operator, left: Code, right: Code) -> Code:
 
 
 def call(name: str, parts: Sequence[Code]) -> Code:
+    if name in ROUNDINGS:
+        return joined(f"{{}}.to(tl.float32).to(tl.{name}).to(tl.float32)", "float", *parts)
     values = parts[1:] if name == "where" else parts
     kinds = {part.kind for part in values}
     kind = kinds.pop() if len(kinds) == 1 else "float" if "float" in kinds else "int"

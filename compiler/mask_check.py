@@ -21,8 +21,11 @@ CHECKED_SIZES = range(2, 8)
 CHECKS, ATTEMPTS = 4, 16
 """A reading is compared with the graph this often; sizes that do not go together, which cannot be run, are skipped."""
 
-LONGEST = 2048
+LONGEST = 4100
 """One comparison is at a length beyond the form's window and numbers, if they are below this."""
+
+
+ZERO = torch.zeros(())
 
 
 def check_masks(
@@ -54,8 +57,9 @@ def reaching_sizes(form: MaskForm, masks: Sequence[fx.Node], scores: Shape) -> d
     texts = [str(form.window), str(form.visible), str(form.bias), *(str(node.args) for node in ancestors(*masks))]
     numbers = {int(number) for text in texts for number in re.findall(r"(?<![\w.])\d+(?![\w.])", text)}
     reach = 3 + max((number for number in numbers if number + 3 <= LONGEST), default=0)
-    lengths = [size for size in scores[2:] if isinstance(size, sympy.Symbol)]
-    return dict.fromkeys(lengths, reach) if reach > max(CHECKED_SIZES) else {}
+    batch, _, *lengths = scores
+    sizes = dict.fromkeys(lengths, reach) | {batch: 1}
+    return {size: value for size, value in sizes.items() if size.is_Symbol} if reach > max(CHECKED_SIZES) else {}
 
 
 def agrees(form: MaskForm, masks: Sequence[fx.Node], values: dict[fx.Node, Any], scores: list[sympy.Expr]) -> bool:
@@ -82,7 +86,10 @@ def agrees(form: MaskForm, masks: Sequence[fx.Node], values: dict[fx.Node, Any],
         expected = torch.ones(()).bool() if allowed is None else allowed
         if not bool((visible == expected).all()):
             return False
-        return same_up_to_rows(sum(added), torch.zeros(()) if bias is None else bias, visible.expand(shape))
+        if bias is None and all(x is ZERO for x in added):
+            return True
+        bias = ZERO if bias is None else bias
+        return same_up_to_rows(sum(added), bias, visible.expand(*visible.shape[:-1], context))
     except RuntimeError:  # the sizes do not broadcast
         return False
 
@@ -90,7 +97,7 @@ def agrees(form: MaskForm, masks: Sequence[fx.Node], values: dict[fx.Node, Any],
 def meaning(mask: fx.Node, values: dict[fx.Node, Any], scores: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(visible, added to the scores) as the graph computes them."""
     value = of_rank_4(values[mask], scores)
-    return (value, torch.zeros(())) if value.dtype == torch.bool else (value > HIDDEN, value)
+    return (value, ZERO) if value.dtype == torch.bool else (value > HIDDEN, value)
 
 
 def of_rank_4(value: Tensor, scores: tuple[int, ...]) -> Tensor:
@@ -101,10 +108,11 @@ def of_rank_4(value: Tensor, scores: tuple[int, ...]) -> Tensor:
 
 def same_up_to_rows(found: Tensor, expected: Tensor, visible: Tensor) -> bool:
     """Whether two biases differ, for the visible keys, by a number for each row, within the rounding of fp32."""
-    difference = torch.where(visible, found.double() - expected.double(), 0.0)
+    found, expected, visible = torch.broadcast_tensors(found, expected, visible)
+    difference = torch.where(visible, found.double() - expected, 0.0)
     first = visible.int().argmax(-1, keepdim=True)  # of a row without visible keys: the first, which is 0 as all are
-    spread = torch.where(visible, difference - difference.gather(-1, first), 0.0).abs().max()
-    largest = torch.where(visible, torch.maximum(found.double().abs(), expected.double().abs()), 0.0).max()
+    spread = (difference - difference.gather(-1, first)).abs().mul(visible).max()
+    largest = torch.where(visible, torch.maximum(found.abs(), expected.abs()), 0.0).max()
     return bool(spread <= 8 * torch.finfo(torch.float32).eps * largest)
 
 
@@ -126,7 +134,8 @@ def evaluate_at_random(
     """
     chooser = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    wanted = ancestors(*nodes, *form.tables, *([form.key_mask] if form.key_mask is not None else []), stop=unknown)
+    stop = {*unknown, *(node for node in graph.nodes if is_size(node))}
+    wanted = ancestors(*nodes, *form.tables, *([form.key_mask] if form.key_mask is not None else []), stop=stop)
     symbols = (example_sizes(wanted) if seed in (1, 2) else {}) | symbols
 
     def size(value: Any) -> int:
@@ -147,7 +156,7 @@ def evaluate_at_random(
 
     def is_given(node: fx.Node) -> bool:
         known = isinstance(graph.weights.get(node.name), Constant)
-        return node in unknown or (node.op == "placeholder" and not known)
+        return node in stop or (node.op == "placeholder" and not known)
 
     given = {node: random_value(node) for node in graph.nodes if node in wanted and is_given(node)}
     for expr in scores:
@@ -171,6 +180,10 @@ def evaluated(graph: Graph, nodes: Sequence[fx.Node], given: Mapping[fx.Node, An
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise NotInferred(nodes[0], f"it cannot be evaluated: {error}") from error
     return values
+
+
+def is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def example_sizes(nodes: set[fx.Node]) -> dict[sympy.Symbol, int]:

@@ -11,7 +11,7 @@ checked against the graph's own arithmetic at random sizes; a reading that does 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -48,10 +48,12 @@ class Reading(NamedTuple):
 
 @dataclass
 class Masks:
-    """Reads the masks of one graph; each is inferred and checked once however many layers use it."""
+    """Reads the masks of one graph; each is inferred and checked once, however many layers compute and use it."""
 
     graph: Graph
-    known: dict[tuple[tuple[fx.Node, ...], Shape], MaskForm | NotInferred] = field(default_factory=dict)
+    known: dict[tuple[tuple[int, ...], Shape], MaskForm | NotInferred] = field(default_factory=dict)
+    numbers: dict[fx.Node, int] = field(default_factory=dict)
+    computations: dict[Hashable, int] = field(default_factory=dict)
 
     def read(self, mask: fx.Node, scores: Shape) -> MaskForm:
         """What `mask`, broadcast to `scores` [B, H, S, T], means. Raises NotInferred where that is not known."""
@@ -65,18 +67,41 @@ class Masks:
                 self.read(mask, scores)
             except NotInferred as reason:
                 rest[mask] = reason
-        return self._read(tuple(mask for mask in masks if mask not in rest), scores), rest
+        read = tuple(dict.fromkeys(mask for mask in masks if mask not in rest))
+        try:
+            return self._read(read, scores), rest
+        except NotInferred as reason:  # of what they mean together
+            return self._read(read[:1], scores), rest | dict.fromkeys(read[1:], reason)
 
     def _read(self, masks: tuple[fx.Node, ...], scores: Shape) -> MaskForm:
-        if (masks, scores) not in self.known:
+        key = (tuple(map(self._number, masks)), scores)
+        if key not in self.known:
             try:
-                self.known[masks, scores] = checked_form(self.graph, masks, scores) if masks else MaskForm()
+                self.known[key] = checked_form(self.graph, masks, scores) if masks else MaskForm()
             except NotInferred as reason:
-                self.known[masks, scores] = reason
-        found = self.known[masks, scores]
+                self.known[key] = reason
+        found = self.known[key]
         if isinstance(found, NotInferred):
             raise found
         return found
+
+    def _number(self, mask: fx.Node) -> int:
+        """Equal for nodes that are computed alike, from equal constants."""
+        wanted = ancestors(mask, stop=self.numbers)
+        for node in self.graph.nodes:
+            if node in wanted and node not in self.numbers:
+                self.numbers[node] = self.computations.setdefault(self._computation(node), len(self.computations))
+        return self.numbers[mask]
+
+    def _computation(self, node: fx.Node) -> Hashable:
+        value = node.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)):
+            return str(value)
+        if node.op == "placeholder":
+            recipe = self.graph.weights.get(node.name)
+            return recipe.key() if isinstance(recipe, Constant) else node
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: f"node {self.numbers[source]}")
+        return (node.target, str(arguments))
 
 
 def checked_form(graph: Graph, masks: Sequence[fx.Node], scores: Shape) -> MaskForm:

@@ -12,6 +12,7 @@ Repeats of key and value heads are recognized by the same index algebra (`heads`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
@@ -165,14 +166,10 @@ def to_attention(masks: Masks, match: Match, site: Site) -> fx.Node | None:
     heads, groups = sizes(q)[1], sizes(k)[1]
     if groups != sizes(v)[1] or not (heads / groups).is_Integer:
         return match.decline(f"{heads} query heads do not divide among {groups} key and {sizes(v)[1]} value heads")
-    form, explicit = MaskForm(causal=site.causal), []
-    for mask in site.masks:
-        try:
-            form = both(form, masks.read(mask, (*sizes(q)[:3], sizes(k)[2])), mask)
-        except NotInferred:
-            explicit.append(mask)
+    form, explicit = masks.read_together(site.masks, (*sizes(q)[:3], sizes(k)[2]))
+    form = dataclasses.replace(form, causal=site.causal or form.causal)
     arguments = {"softcap": site.softcap, "sinks": site.sinks}
-    fused = call(match, (q, k, v, float(site.scale)), form, combined(match, explicit), arguments)
+    fused = call(match, (q, k, v, float(site.scale)), form, combined(match, list(explicit)), arguments)
     erase_unused(match.graph, *site.masks)
     return of_the_root(match, fused)
 

@@ -307,10 +307,13 @@ def test_a_reading_that_the_graph_contradicts_is_not_used(monkeypatch, wrong, fu
     assert "the graph computes another mask" in read(function, numbers(2, 5))
 
 
-def test_each_mask_is_read_once(monkeypatch):
-    graph = graph_of(causal, numbers(2, 5))
-    size = sizes(graph.placeholder("a"))
-    found, shape = Masks(graph), (size[0], sympy.Integer(HEADS), size[1], size[1])
-    first = found.read(graph.outputs[0], shape)
-    monkeypatch.setattr(masks, "checked_form", None)
-    assert found.read(graph.outputs[0], shape) is first
+def test_masks_that_are_computed_alike_are_read_once(monkeypatch):
+    """Layers that compute their masks themselves, from buffers of their own."""
+    layers = {f"x{layer}": TRIL.bool() for layer in range(3)} | {"other": BAND}
+    graph = graph_of(lambda a, *buffers: tuple(sliced(a, x) & padding(a) for x in buffers), numbers(2, 5), **layers)
+    batch, length = sizes(graph.placeholder("a"))
+    found, shape = Masks(graph), (batch, sympy.Integer(HEADS), length, length)
+    forms = [found.read(mask, shape) for mask in graph.outputs]
+    assert forms[0] is forms[1] is forms[2]
+    assert forms[3].window == 3
+    assert len(found.known) == 2
