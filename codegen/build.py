@@ -22,7 +22,7 @@ Constants:  {constants}
 
 import triton
 import triton.language as tl
-
+{imports}
 
 '''
 
@@ -37,6 +37,7 @@ def kernel_file(kernel: Kernel, nodes: Iterable[str] = ()) -> str:
             nodes=shown or "(not said)",
             parameters=", ".join(f"{name}: {kind}" for name, kind in kernel.signature),
             constants=", ".join(f"{name} = {value}" for name, value in kernel.constants) or "none",
+            imports="from triton.language.extra import libdevice\n" if "libdevice." in kernel.source else "",
         )
         + kernel.source
     )

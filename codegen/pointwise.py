@@ -182,7 +182,7 @@ class RowKernel:
         if is_tensor(argument):
             return self.value(argument, broadcast_index(sizes(argument), index))
         if isinstance(argument, fx.Node | torch.SymInt):
-            return self.size_text(size_expr(argument))
+            return self.factor_text(size_expr(argument))
         if isinstance(argument, float) and (argument != argument or argument in (float("inf"), float("-inf"))):
             return f'float("{argument}")'
         return repr(argument)
@@ -248,7 +248,7 @@ class RowKernel:
         return triton_text(expr.xreplace(renamed))
 
     def factor_text(self, expr: sympy.Expr) -> str:
-        """The same, fit to stand behind `//` or `%`."""
+        """The same, fit to be an operand."""
         code = self.size_text(expr)
         return code if code.isalnum() else f"({code})"
 
@@ -266,7 +266,8 @@ class RowKernel:
 
     @property
     def masks_columns(self) -> bool:
-        return not (self.domain.cols.is_Integer and int(self.domain.cols) % self.block_c == 0)
+        cols = self.domain.cols
+        return not (cols.is_Integer and cols > 0 and int(cols) % self.block_c == 0)
 
     # --- memory ------------------------------------------------------------------------------------------------
 
@@ -341,18 +342,16 @@ class RowKernel:
         self.reduces = True
         self.block_c = 1 << (int(cols) - 1).bit_length()
 
-    def reduce(self, how: str, value: str) -> str:
-        """The variable that holds the sum, max or min of a tile's rows, [BLOCK_R, 1]."""
-        name, neutral = {
-            "sum": ("total", "0.0"),
-            "max": ("largest", 'float("-inf")'),
-            "min": ("smallest", 'float("inf")'),
-        }[how]
+    def reduce(self, how: str, value: str, dtype: torch.dtype = torch.float32) -> str:
+        """The variable that holds the sum, max or min of a tile's rows, [BLOCK_R, 1]; `dtype` is what they are of."""
+        neutral = {"sum": "0" if not dtype.is_floating_point else "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
+        if not dtype.is_floating_point:
+            neutral |= {"max": str(torch.iinfo(dtype).min), "min": str(torch.iinfo(dtype).max)}
         if not self.is_across(value):
             value = f"tl.broadcast_to({value}, [BLOCK_R, BLOCK_C])"
         if self.domain.cols != self.block_c:
-            value = f"tl.where(col_mask, {value}, {neutral})"
-        name = self.fresh(name)
+            value = f"tl.where(col_mask, {value}, {neutral[how]})"
+        name = self.fresh({"sum": "total", "max": "largest", "min": "smallest"}[how])
         self.body.append(f"{name} = tl.{how}({value}, axis=1)[:, None]")
         return name
 

@@ -82,7 +82,15 @@ SIMPLE: dict[Any, str] = {
     aten.sigmoid.default: "1.0 / (1.0 + tl.exp(-{0}))",
     aten.silu.default: "{0} / (1.0 + tl.exp(-{0}))",
     aten.relu.default: "tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+    aten.exp2.default: "tl.exp2({0})",
+    aten.log2.default: "tl.log2({0})",
+    aten.isnan.default: "{0} != {0}",
+    aten.fmax.default: "tl.maximum({0}, {1})",
+    aten.fmin.default: "tl.minimum({0}, {1})",
+    aten.clamp_min.Tensor: "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    aten.clamp_max.Tensor: "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     aten.bitwise_not.default: "~{0}",
+    aten.bitwise_xor.Tensor: "{0} ^ {1}",
     aten.bitwise_and.Tensor: "{0} & {1}",
     aten.bitwise_or.Tensor: "{0} | {1}",
     aten.__and__.Tensor: "{0} & {1}",
@@ -90,6 +98,34 @@ SIMPLE: dict[Any, str] = {
     aten.clone.default: "{0}",
     aten.contiguous.default: "{0}",
     aten.lift_fresh_copy.default: "{0}",
+}
+
+OF_LIBDEVICE: dict[Any, str] = {
+    aten.log1p.default: "log1p",
+    aten.log10.default: "log10",
+    aten.expm1.default: "expm1",
+    aten.tan.default: "tan",
+    aten.asin.default: "asin",
+    aten.acos.default: "acos",
+    aten.atan.default: "atan",
+    aten.sinh.default: "sinh",
+    aten.cosh.default: "cosh",
+    aten.asinh.default: "asinh",
+    aten.acosh.default: "acosh",
+    aten.atanh.default: "atanh",
+    aten.erfc.default: "erfc",
+    aten.atan2.default: "atan2",
+    aten.copysign.Tensor: "copysign",
+    aten.fmod.Tensor: "fmod",
+    aten.pow.Tensor_Tensor: "pow",
+}
+"""Functions that Triton itself lacks; every target has them in its `libdevice`."""
+
+ROUNDING: dict[Any, str] = {
+    aten.floor.default: "tl.floor",
+    aten.ceil.default: "tl.ceil",
+    aten.trunc.default: "libdevice.trunc",
+    aten.round.default: "libdevice.rint",
 }
 
 COMPARISONS: dict[Any, str] = {
@@ -124,6 +160,49 @@ def simple(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     return kernel.let(node, form.format(*operands))
 
 
+@emits(*OF_LIBDEVICE)
+def of_libdevice(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    dtype = dtype_of(node)
+    if not dtype.is_floating_point:
+        raise NoKernel(f"{node.target} of {dtype} has no kernel")
+    kind = TL_TYPES[compute_type(dtype)]
+    operands = [operand(kernel, argument, index, dtype) for argument in node.args[:2]]
+    operands = [
+        text if is_tensor(argument) else f"tl.full([1, 1], {text}, {kind})"
+        for text, argument in zip(operands, node.args)
+    ]
+    return kernel.let(node, f"libdevice.{OF_LIBDEVICE[node.target]}({', '.join(operands)})")
+
+
+@emits(*ROUNDING)
+def rounding(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    x = operand(kernel, node.args[0], index, dtype_of(node))
+    return (
+        kernel.let(node, f"{ROUNDING[node.target]}({x})") if dtype_of(node).is_floating_point else kernel.let(node, x)
+    )
+
+
+@emits(aten.sign.default)
+def sign(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    dtype = dtype_of(node)
+    if dtype in (torch.bool, torch.uint8):
+        raise NoKernel(f"the sign of {dtype} has no kernel")
+    x, kind = operand(kernel, node.args[0], index, dtype), TL_TYPES[compute_type(dtype)]
+    return kernel.let(node, f"({x} > 0).to({kind}) - ({x} < 0).to({kind})")
+
+
+@emits(aten.clamp.Tensor)
+def clamp_between(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    low, high = (*node.args[1:], None, None)[:2]
+    low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
+    text = operand(kernel, node.args[0], index, dtype_of(node))
+    for bound, function in ((low, "tl.maximum"), (high, "tl.minimum")):
+        if bound is not None:
+            limit = operand(kernel, bound, index, dtype_of(node))
+            text = f"{function}({text}, {limit}, propagate_nan=tl.PropagateNan.ALL)"
+    return kernel.let(node, text)
+
+
 @emits(*COMPARISONS)
 def comparison(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     dtype = promoted(node)
@@ -136,14 +215,17 @@ def rounded(argument: Any, dtype: torch.dtype) -> Any:
     return torch.tensor(argument, dtype=dtype).item() if isinstance(argument, float) else argument
 
 
-@emits(aten.logical_and.default, aten.logical_or.default, aten.logical_not.default)
+LOGIC = {aten.logical_and.default: " & ", aten.logical_or.default: " | ", aten.logical_xor.default: " ^ "}
+
+
+@emits(*LOGIC, aten.logical_not.default)
 def logical(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     operands = [operand(kernel, argument, index, torch.bool) for argument in node.args]
-    joined = {aten.logical_and.default: " & ", aten.logical_or.default: " | "}.get(node.target)
+    joined = LOGIC.get(node.target)
     return kernel.let(node, joined.join(operands) if joined else f"~{operands[0]}")
 
 
-@emits(aten._to_copy.default, aten.to.dtype, aten._to_copy, aten.to.dtype_layout)
+@emits(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, torch.ops.prims.convert_element_type.default)
 def cast(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     value = kernel.value(node.args[0], index)
     dtype = dtype_of(node)
@@ -257,6 +339,33 @@ def full(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
         fill = node.args[0] if name == "scalar_tensor" else node.args[2 if name == "new_full" else 1]
     text = kernel.argument(fill, index)
     return kernel.let(node, f"tl.full([1, 1], {text}, {TL_TYPES[compute_type(dtype_of(node))]})")
+
+
+@emits(aten.flip.default)
+def flip(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    shape = sizes(node)
+    flipped = {dim % len(shape) for dim in node.args[1]}
+    here = (size - 1 - place if dim in flipped else place for dim, (place, size) in enumerate(zip(index, shape)))
+    return kernel.value(node.args[0], tuple(here))
+
+
+@emits(aten.constant_pad_nd.default)
+def constant_pad(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    """Lanes outside of the source are masked off and take the fill; a negative pad cuts."""
+    x, pads = node.args[:2]
+    fill = node.args[2] if len(node.args) > 2 else 0
+    before = [size_expr(pad) for pad in reversed(pads[::2])]
+    first = len(index) - len(before)
+    here, terms = list(index[:first]), []
+    for place, pad, size, padded in zip(index[first:], before, sizes(x)[first:], sizes(node)[first:]):
+        here.append(place - pad)
+        terms += [] if pad.is_nonpositive else [bound_text(kernel, place >= pad)]
+        terms += [] if (padded - pad - size).is_nonpositive else [bound_text(kernel, place < pad + size)]
+    kernel.condition += terms
+    value = operand(kernel, x, tuple(here), dtype_of(node))
+    del kernel.condition[len(kernel.condition) - len(terms) :]
+    text = kernel.argument(fill, index)
+    return kernel.let(node, f"tl.where({conjunction(terms)}, {value}, {text})" if terms else value)
 
 
 @emits(aten.cat.default)

@@ -28,7 +28,7 @@ def reduced_axis(node: fx.Node) -> None:
         raise NoKernel(f"a reduction over axes {dims} has no kernel; the last axis alone has")
 
 
-def row_values(kernel: RowKernel, node: fx.Node, index: Index) -> str:
+def row_values(kernel: RowKernel, node: fx.Node, index: Index, wide: torch.dtype | None = None) -> str:
     """The whole row that the element at `index` of `node` reduces or normalizes, in the type to compute in."""
     x = node.args[0]
     leading = index[: len(sizes(x)) - 1]
@@ -37,7 +37,7 @@ def row_values(kernel: RowKernel, node: fx.Node, index: Index) -> str:
         raise NoKernel("its rows are read along the columns of a kernel")
     kernel.whole_row(x)
     value = kernel.value(x, broadcast_index(sizes(x), (*leading, COL)))
-    wide = wide_type(node)
+    wide = compute_type(wide or wide_type(node))
     if compute_type(value.dtype) == wide:
         return value.name
     return f"{value.name}.to({TL_TYPES[wide]})"
@@ -60,7 +60,7 @@ def reduction(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     reduced_axis(node)
     x = node.args[0]
     if not dtype_of(x).is_floating_point:
-        raise NoKernel(f"a reduction of {dtype_of(x)} has no kernel")
+        return integer_reduction(kernel, node, index)
     row = row_values(kernel, node, index)
     if node.target is aten.mean.dim:
         return kernel.let(node, f"{kernel.reduce('sum', row)} / {int(sizes(x)[-1])}")
@@ -69,6 +69,25 @@ def reduction(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     not_a_number = kernel.reduce("max", f"tl.where({row} == {row}, 0.0, 1.0)")
     extreme = kernel.reduce("max" if node.target is aten.amax.default else "min", row)
     return kernel.let(node, f'tl.where({not_a_number} > 0, float("nan"), {extreme})')
+
+
+def integer_reduction(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    """Sums in int64, as eager's; the largest and smallest in the dtype of the row."""
+    dtype = dtype_of(node)
+    if dtype not in (torch.int64, torch.int32):
+        raise NoKernel(f"a reduction of {dtype_of(node.args[0])} to {dtype} has no kernel")
+    row = row_values(kernel, node, index, dtype)
+    how = {aten.sum.dim_IntList: "sum", aten.amax.default: "max", aten.amin.default: "min"}[node.target]
+    return kernel.let(node, kernel.reduce(how, row, dtype))
+
+
+@emits(aten.any.dim, aten.all.dim)
+def truth(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    """Whether a row has an element that is (any), or none that is not (all)."""
+    reduced_axis(node)
+    row, every = row_values(kernel, node, index, dtype_of(node.args[0])), node.target is aten.all.dim
+    found = kernel.reduce("max", f"({row} {'==' if every else '!='} 0).to(tl.int32)", torch.int32)
+    return kernel.let(node, f"{found} {'==' if every else '!='} 0")
 
 
 @emits(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
@@ -123,6 +142,8 @@ REDUCTIONS = frozenset(
         aten.sum.dim_IntList,
         aten.amax.default,
         aten.amin.default,
+        aten.any.dim,
+        aten.all.dim,
         aten.softmax.int,
         aten._softmax.default,
         aten.log_softmax.int,

@@ -24,6 +24,7 @@ from ..compiler.graph import Graph, dtype_of, is_tensor, size_expr, sizes
 from ..compiler.pattern import arguments
 from ..compiler.weights import Weight
 from . import linear, rope
+from .decompose import decompose
 from .fusion_cost import Decision
 from .grouping import group_units
 from .horizontal import merge_launches
@@ -50,6 +51,7 @@ class Scheduled:
 
 def schedule(graph: Graph, target: Target, pack: bool = True) -> Scheduled:
     """Lower a fused or stateful graph to launches. With `pack`, weights may be laid out for their kernels."""
+    graph = decompose(graph)
     realized: set[fx.Node] = set()
     refused: dict[fx.Node, str] = {}
     while True:

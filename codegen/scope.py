@@ -86,7 +86,8 @@ class Scope:
         name = f"{node.name}.copy{len(self.steps)}"
         buffer = Buffer(name, sympy.prod(shape), dtype_of(node), self.kind(node))
         layout = Layout(buffer, ZERO, shape, contiguous_strides(shape))
-        self.add(self.pointwise([Store(node, layout)], name="copy"))
+        if not any(size == 0 for size in shape):
+            self.add(self.pointwise([Store(node, layout)], name="copy"))
         return layout
 
     def weight(self, node: fx.Node) -> Layout | Packed:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .errors import EffcError
 from .graph import DIALECTS, Graph, size_expr, writes
@@ -80,6 +81,8 @@ def check_value(graph: Graph, node: fx.Node) -> None:
         return
     try:
         derived = infer(graph, node.target, node.args, node.kwargs)
+    except DataDependentOutputException:  # only the values of its arguments tell its sizes
+        return
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise broken(graph, node, "arguments that its shape rule accepts", reason) from error

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from random import Random
-
 import pytest
 import torch
 from torch import Tensor
@@ -77,7 +74,7 @@ def test_an_op_in_the_middle() -> None:
 
 
 def test_ops_at_both_ends_and_in_a_row() -> None:
-    check(lambda x: (x.cumsum(0) + 1).cumsum(1).flip(0), x=random(5, 7), fallbacks=3)
+    check(lambda x: (x.cumsum(0) + 1).cumsum(1).roll(1, 0), x=random(5, 7), fallbacks=3)
 
 
 def test_an_op_with_several_results() -> None:
@@ -101,19 +98,32 @@ def test_an_op_that_reads_views_and_inlined_values() -> None:
 
 def test_an_op_whose_arguments_are_runtime_sizes() -> None:
     def function(x: Tensor) -> Tensor:
-        return aten.constant_pad_nd(x * 2, [0, x.shape[0]], 0.5) + 1
+        return aten.roll(x * 2, [x.shape[0] - 1], [1]) + 1
 
     compiled = check(function, x=random(3, 7), dynamic={"x": (0,)}, fallbacks=1)
     compiled.check(x=random(9, 7))
 
 
+def test_two_results_with_names_like_numbered_ones() -> None:
+    """The second `median` is the node median_1, which is not the second result of the first."""
+    check(lambda x: (*torch.median(x, 1), *torch.median(x * 2, 0)), x=random(5, 7), fallbacks=2)
+
+
+def test_empty_tensors_are_neither_computed_nor_copied() -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        nothing = x[:, :0]
+        return nothing * 2, nothing.repeat(1, 1), torch.cat((nothing, nothing), 1), nothing.sum(-1), x.t().flatten()
+
+    check(function, x=random(3, 4))
+
+
 def test_reductions_without_a_kernel_say_why() -> None:
     def function(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
-        return x.sum(0), x.softmax(0), i.sum(-1), F.layer_norm(x, (4, 6)), x.sum((0, 1)), x.pow(1.5).nan_to_num()
+        return x.sum(0), x.softmax(0), i.amax(-1), F.layer_norm(x, (4, 6)), x.sum((0, 1)), x.pow(1.5).cumsum(-1)
 
-    compiled = check(function, x=random(4, 6), i=torch.arange(12).reshape(3, 4), fallbacks=7)
+    compiled = check(function, x=random(4, 6).abs(), i=torch.arange(12, dtype=torch.int8).reshape(3, 4), fallbacks=7)
     reasons = " ".join(step.reason for step in compiled.scheduled.schedule.fallbacks)
-    for reason in ("axes [0]", "another axis than the last", "torch.int64", "more than the last axis", "power 1.5"):
+    for reason in ("axes [0]", "another axis than the last", "torch.int8", "more than the last axis", "power 1.5"):
         assert reason in reasons
 
 
@@ -146,67 +156,3 @@ def test_results_of_one_call_are_not_overwritten_by_the_next() -> None:
     compiled(x=x * 5)
     for result, copy in zip(first, kept, strict=True):
         assert torch.equal(result, copy)
-
-
-# --- random graphs ---------------------------------------------------------------------------------------------------
-
-SHAPES = [(3, 5), (4, 4), (2, 3, 4), (1, 7), (6,), (2, 1, 8)]
-
-
-def random_values(choose: Random, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """A random graph over two tensors: each step makes a value from earlier ones; all of them are results."""
-    values = [x, y]
-    for _ in range(choose.randint(2, 8)):
-        a = choose.choice(values)
-        b = choose.choice([b for b in values if broadcasts(a.shape, b.shape)])
-        made = choose.choice(random_steps(choose, a, b))() if a.ndim else a + 1
-        if made.numel() <= 500:
-            values.append(made)
-    return tuple(values[2:])
-
-
-def broadcasts(a: torch.Size, b: torch.Size) -> bool:
-    return all(1 in (m, n) or m == n for m, n in zip(a[::-1], b[::-1], strict=False))
-
-
-def random_steps(choose: Random, a: Tensor, b: Tensor) -> list[Callable[[], Tensor]]:
-    """What can be made of two values that broadcast: arithmetic, rows, views."""
-    axis, even = choose.randrange(a.ndim), a.shape[-1] % 2 == 0
-    half = a.shape[axis] // 2
-    return [
-        lambda: choose.choice([torch.neg, torch.sigmoid, torch.tanh, torch.relu, torch.cos])(a),
-        lambda: choose.choice([torch.add, torch.mul, torch.maximum, torch.sub])(a, b),
-        lambda: torch.where(a < b, a * 0.5, b),
-        lambda: choose.choice([torch.sum, torch.mean, torch.amax, torch.amin])(a, -1, choose.random() < 0.5),
-        lambda: choose.choice([lambda t: t.softmax(-1), lambda t: effc.rms_norm(t, None, 1e-3)])(a),
-        lambda: torch.cat((a, -a), axis),
-        lambda: a.narrow(axis, half, a.shape[axis] - half),
-        lambda: a.transpose(0, axis),
-        lambda: a.select(axis, -1),
-        lambda: a.unsqueeze(axis).expand(*a.shape[:axis], 2, *a.shape[axis:]),
-        lambda: a.reshape(-1),
-        lambda: a.flatten(max(0, axis - 1), axis),
-        lambda: a.chunk(2, axis)[-1],
-        lambda: a.reshape(*a.shape[:-1], -1, 2) if even else a.squeeze(0),
-    ]
-
-
-def check_random_graph(seed: int) -> None:
-    print(f"graph seed {seed}")
-    dtype = (torch.float32, torch.bfloat16)[seed % 2]
-    shape = SHAPES[seed % len(SHAPES)]
-    tensors = {"x": random(*shape, dtype=dtype, seed=seed), "y": random(*shape[-1:], dtype=dtype, seed=seed + 1)}
-    compiled = Compiled(lambda x, y: random_values(Random(seed), x, y) or (x + y,), tensors)
-    compiled.check(luck=1, **tensors)
-    assert not compiled.fallbacks
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_random_graphs(seed: int) -> None:
-    check_random_graph(seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1400))
-def test_more_random_graphs(seed: int) -> None:
-    check_random_graph(seed)
