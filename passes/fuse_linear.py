@@ -114,6 +114,8 @@ def to_biased(match: Match) -> fx.Node | None:
         return match.decline(reason)
     if dtype_of(match.root) not in (torch.float32, torch.float64):
         return match.decline(f"the product is rounded to {dtype_of(match.root)} before the bias is added")
+    if dtype_of(addend) != dtype_of(match["linear"]):
+        return match.decline(f"the bias {addend.name} is {dtype_of(addend)}, the product {dtype_of(match['linear'])}")
     return match.call(linear, match["x"], match["weight"], weight_of(match.graph, addend))
 
 

@@ -48,8 +48,14 @@ def to_gated_linear(match: Match) -> fx.Node | None:
         if len(weight.users) > 1:
             return match.decline(f"the weight {weight.name} is used elsewhere too")
     recipes = match.graph.weights
+    for operand in (gate, up, match["gate_bias"], match["up_bias"]):
+        if operand is not None and operand.name not in recipes:
+            return match.decline(f"{operand.name} is no weight but computed at run time")
     operands = [concatenated(match.graph, [gate, up], [recipes[gate.name], recipes[up.name]])]
     biases = [match["gate_bias"], match["up_bias"]]
+    for bias in biases:
+        if bias is not None and sizes(bias) != sizes(gate)[:1]:
+            return match.decline(f"the bias {bias.name} is broadcast")
     if biases == [None, None]:
         operands.append(None)
     else:
