@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
+import mmap
+import os
+import sys
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -182,3 +188,51 @@ def test_nan_is_the_largest_and_every_place_is_one_of_the_row() -> None:
 
 def test_top_k_of_doubles_runs_through_aten() -> None:
     check(lambda x: effc.top_k(x, 2), x=random(3, 8).double(), fallbacks=1)
+
+
+# --- what one token touches ------------------------------------------------------------------------------------------
+
+PAGE = mmap.PAGESIZE
+
+
+def guarded(tensor: Tensor) -> tuple[Tensor, Callable[[int], None]]:
+    """A copy of a weight [E, ...] of whole pages an expert, and a function after which one expert's cannot be read."""
+    size = tensor.nbytes // EXPERTS
+    assert size % PAGE == 0
+    memory = mmap.mmap(-1, tensor.nbytes)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def forbid(expert: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        start = ctypes.c_void_p(copy.data_ptr() + expert * size)
+        assert libc.mprotect(start, ctypes.c_size_t(size), 0) == 0, ctypes.get_errno()
+
+    return copy, forbid
+
+
+def ends_well(function: Callable[[], object]) -> bool:
+    """Whether a function runs to its end in a child process."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        function()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected as on Linux")
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "row-major"])
+def test_one_token_touches_only_the_weights_of_its_experts(pack: bool) -> None:
+    experts = Experts(64, 32, pack=pack)
+    forbidders = []
+    for name in ("up", "down"):
+        experts.compiled.weights[name], forbid = guarded(experts.compiled.weights[name])
+        forbidders.append(forbid)
+    for expert in (0, 2, 3, 5):
+        for forbid in forbidders:
+            forbid(expert)
+    given = experts.tensors(1)
+    assert ends_well(lambda: experts.compiled(**{**given, "experts": torch.tensor([[1, 4]])}))
+    assert not ends_well(lambda: experts.compiled(**{**given, "experts": torch.tensor([[1, 5]])})), "nothing is guarded"
+    given = experts.tensors(7)
+    assert ends_well(lambda: experts.compiled(**{**given, "experts": torch.tensor([[4, 1]] * 7)})), "nor do many tokens"
