@@ -6,6 +6,7 @@ What reads the tokens of the call is put in terms of `padding` [B], how many of 
     key_mask=attention_mask         -->  visible="k >= t0[b]", tables=[padding]
     t1[b, k], t1 = attention_mask   -->  where(k >= t0[b], 1, 0)
     t1[b, k], t1 = cumsum(mask)     -->  maximum(k + 1 - t0[b], 0)
+    t1[b, k], t1 = cumsum(ones)     -->  1 * (k + 1)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from ..compiler.graph import Graph, sizes
@@ -22,9 +24,12 @@ from ..compiler.index_expressions import parse, table_number
 from ..compiler.pattern import CASTS
 from .count_tokens import PADDING, running_count
 
+aten = torch.ops.aten
+
 VISIBLE = "{slot} >= t{padding}[b]"
 IS_VISIBLE = "where({slot} >= t{padding}[b], 1, 0)"
 VISIBLE_SO_FAR = "maximum({slot} + 1 - t{padding}[b], 0)"
+SO_FAR = "%d * ({slot} + 1)"
 
 
 def slot_form(graph: Graph, table: fx.Node, length: sympy.Symbol) -> str | None:
@@ -36,9 +41,10 @@ def slot_form(graph: Graph, table: fx.Node, length: sympy.Symbol) -> str | None:
         source = source.args[0]
     if source.name == PADDING:
         return IS_VISIBLE
-    if "cumsum" in str(source.target) and isinstance(running_count(graph, source, length), fx.Node):
-        return VISIBLE_SO_FAR
-    return None
+    if source.target != aten.cumsum.default:
+        return None
+    counted = running_count(graph, source, length)
+    return VISIBLE_SO_FAR if isinstance(counted, fx.Node) else None if counted is None else SO_FAR % counted
 
 
 def reads_tokens(table: fx.Node, length: sympy.Symbol) -> bool:
@@ -72,14 +78,16 @@ def cached_scores(
     texts = {name: named[name] for name in ("visible", "bias")}
     if not forms and named["key_mask"] is None:
         return {**texts, "tables": named["tables"]}
+    hides = named["key_mask"] is not None
+    asks = hides or any("{padding}" in form for form in forms.values())
     kept = [number for number in range(len(tables)) if number not in forms]
     numbers = {number: place for place, number in enumerate(kept)}
     place = len(kept)
     rewritten = {name: None if text is None else in_slots(text, forms, numbers, place) for name, text in texts.items()}
-    if named["key_mask"] is not None:
+    if hides:
         shown = VISIBLE.format(slot="k", padding=place)
         rewritten["visible"] = shown if texts["visible"] is None else f"({rewritten['visible']}) & ({shown})"
-    return {**rewritten, "tables": [*(tables[number] for number in kept), padding()]}
+    return {**rewritten, "tables": [*(tables[number] for number in kept), *([padding()] if asks else [])]}
 
 
 def in_slots(text: str, forms: dict[int, str], numbers: dict[int, int], padding: int) -> str:

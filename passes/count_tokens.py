@@ -1,6 +1,7 @@
 """Count tokens from those that are cached: what a graph counts from 0, a cached run counts from `past`.
 
     arange(S)                 [S]     -->  past[:, None] + arange(S)                           [B, S]
+    slice(table, 0, 0, S)[p]  [B, S]  -->  table[p]
     slice(table, 0, 0, S)     [S, E]  -->  embedding(table, past[:, None] + arange(S))         [B, S, E]
     attention_mask            [B, S]  -->  past[:, None] + arange(S) >= padding[:, None]       [B, S]
     cumsum(attention_mask, 1) [B, S]  -->  max(past[:, None] + arange(S) + 1 - padding[:, None], 0)
@@ -73,6 +74,17 @@ def slices_table(node: fx.Node, length: sympy.Symbol) -> bool:
     return whole and sizes(node)[axis] == length and start.is_Integer and start >= 0 and named["step"] == 1
 
 
+def looks_up_in_slice(node: fx.Node, length: sympy.Symbol) -> fx.Node | None:
+    """The table of `slice(table, 0, 0, S)[positions]`: the positions of tokens, which are below S, are places in it."""
+    if node.target not in (aten.index.Tensor, aten.embedding.default):
+        return None
+    source = node.args[0]
+    if source.op != "call_function" or source.target != aten.slice.Tensor or not slices_table(source, length):
+        return None
+    named = arguments(source)
+    return source.args[0] if named["dim"] == 0 and not named["start"] else None
+
+
 def running_count(graph: Graph, node: fx.Node, length: sympy.Symbol) -> fx.Node | int | None:
     """What `cumsum(x, dim)` adds up along the tokens: the attention mask, or c where x is c everywhere; else None."""
     named = arguments(node)
@@ -130,7 +142,9 @@ class TokenCounts:
         self.graph.fx.erase_node(mask)
 
     def visit(self, node: fx.Node) -> None:
-        if node.target in ARANGES and counts_tokens(node, self.length):
+        if (table := looks_up_in_slice(node, self.length)) is not None:
+            node.args = (table, *node.args[1:])
+        elif node.target in ARANGES and counts_tokens(node, self.length):
             self.lifted[node] = self.slots(node, arguments(node).get("start", 0), dtype_of(node))
         elif node.target == aten.slice.Tensor and not self.counted(node) and slices_table(node, self.length):
             self.lifted[node] = self.rows_of_table(node)

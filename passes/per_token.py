@@ -23,7 +23,7 @@ from ..compiler.index_values import reshape_groups
 from ..compiler.pattern import arguments
 from ..compiler.rewrite import source_line
 from .cached_scores import table_refusal
-from .count_tokens import PADDING, counts_tokens, running_count, slices_table
+from .count_tokens import PADDING, counts_tokens, looks_up_in_slice, running_count, slices_table
 
 aten = torch.ops.aten
 effc = torch.ops.effc
@@ -245,7 +245,8 @@ def rms_norm(axis: TokenAxis, node: fx.Node) -> str | None:
 
 
 def embedding(axis: TokenAxis, node: fx.Node) -> str | None:
-    return "its table depends on the tokens" if axis.of(node.args[0]) is not None else None
+    table = looks_up_in_slice(node, axis.length) or node.args[0]
+    return "its table depends on the tokens" if axis.of(table) is not None else None
 
 
 def rope(axis: TokenAxis, node: fx.Node) -> str | None:
@@ -287,6 +288,7 @@ def repeat(axis: TokenAxis, node: fx.Node) -> str | None:
 def index(axis: TokenAxis, node: fx.Node) -> str | None:
     """A lookup in a table that is the same for every token, or the same choice from every token."""
     source, indices = node.args[:2]
+    source = looks_up_in_slice(node, axis.length) or source
     places = [place for place in indices if place is not None]
     if axis.of(source) is None:
         return None if len(indices) == 1 else "its table has several indices"

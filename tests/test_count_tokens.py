@@ -52,6 +52,7 @@ COUNTS = {
     "a slice of a table of rank 3": lambda m, x, mask, places: attend(
         m, x + m.places.weight.view(1, 32, 4, 4)[:, : x.shape[1]].flatten(2)
     ),
+    "a slice of a table, looked up": lambda m, x, mask, places: attend(m, x + m.places.weight[: x.shape[1]][places]),
     "a running count of ones": lambda m, x, mask, places: attend(
         m, x + m.places(torch.ones_like(places).cumsum(1) - 1)
     ),
