@@ -9,6 +9,7 @@ several. Decompositions that compute in fp32 and round once say so by their cast
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..compiler.graph import Graph, is_tensor, sizes, writes
 from ..compiler.rewrite import fake_mode
 from .pointwise import EMITTERS, MAX_COLUMNS
 from .pointwise_ops import is_fusible
-from .reductions import REDUCTIONS
+from .reductions import COLUMN_REDUCTIONS, REDUCTIONS, reduced_axes, reduces_columns
 from .table import TEMPLATES, WRITES
 from .views import INDICES, SPLITS
 
@@ -48,8 +49,14 @@ def lacks_kernel(node: fx.Node) -> bool:
         and getattr(node.target, "namespace", None) == "aten"
         and is_tensor(node)
         and not writes(node)
-        and not has_kernel(node.target)
+        and (not has_kernel(node.target) or reduces_all_axes(node))
     )
+
+
+def reduces_all_axes(node: fx.Node) -> bool:
+    """Whether a reduction leaves one element of several axes."""
+    rank = len(sizes(node.args[0])) if node.target in ALL_AXES else 0
+    return rank > 1 and len(reduced_axes(node)) == rank
 
 
 def has_kernel(target: Any) -> bool:
@@ -59,19 +66,30 @@ def has_kernel(target: Any) -> bool:
 # --- decompositions of our own -----------------------------------------------------------------------------------
 
 
+def along_all_axes(target: Any) -> Callable[..., Tensor]:
+    """A reduction of all axes as one of a single row; of some axes it stays what it is."""
+
+    def rule(x: Tensor, dim: Any = (), keepdim: bool = False, **named: Any) -> Tensor:
+        if x.ndim < 2 or isinstance(dim, int) or 0 < len(dim or ()) < x.ndim:
+            return NotImplemented
+        row = target(x.reshape(-1), [0], False, **named)
+        return row.reshape([1] * x.ndim) if keepdim else row
+
+    return rule
+
+
 def of_all_elements(rows: Any) -> Callable[..., Tensor]:
     """A reduction of all elements as one of a single row."""
     return lambda x, **named: rows(x.reshape(-1), [0], False, **named)
 
 
 def spread(x: Tensor, dim: Any, correction: float | None, keepdim: bool, root: bool) -> Tensor:
-    """Variance, or its root, over the last axis: in two passes, in fp32 at least, and rounded once, as eager's."""
-    if dim not in ([x.ndim - 1], [-1]):
-        return NotImplemented
+    """Variance, or its root: in two passes, in fp32 at least, and rounded once, as eager's."""
+    dims = list(range(x.ndim)) if dim is None or dim == [] else dim
     wide = x if x.dtype == torch.float64 else x.float()
-    distance = wide - wide.mean(-1, keepdim=True)
-    freedom = max(x.shape[-1] - (1 if correction is None else correction), 0)
-    result = (distance * distance).sum(-1, keepdim=keepdim) / freedom
+    distance = wide - wide.mean(dims, keepdim=True)
+    freedom = max(math.prod(x.shape[axis] for axis in dims) - (1 if correction is None else correction), 0)
+    result = (distance * distance).sum(dims, keepdim=keepdim) / freedom
     return (result.sqrt() if root else result).to(x.dtype)
 
 
@@ -83,6 +101,8 @@ def spreads(root: bool) -> tuple[Callable[..., Tensor], ...]:
         lambda x, unbiased=True: spread(x.reshape(-1), [0], int(unbiased), False, root),
     )
 
+
+ALL_AXES = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default)
 
 OWN: dict[Any, Callable[..., Tensor]] = {
     aten.sum.default: of_all_elements(aten.sum.dim_IntList),
@@ -99,7 +119,8 @@ OWN: dict[Any, Callable[..., Tensor]] = {
 @functools.cache
 def table() -> dict[Any, Callable]:
     """Decompositions of the ops that have no kernel, ours before PyTorch's."""
-    return {target: rule for target, rule in (decomposition_table | OWN).items() if not has_kernel(target)}
+    rules = {target: rule for target, rule in (decomposition_table | OWN).items() if not has_kernel(target)}
+    return rules | {target: along_all_axes(target) for target in ALL_AXES}
 
 
 def parts_of(graph: Graph, node: fx.Node) -> fx.Graph | None:
@@ -133,11 +154,11 @@ def is_kernel_part(part: fx.Node) -> bool:
 
 
 def reduces_known_rows(part: fx.Node) -> bool:
-    """Whether a reduction is over a last axis whose size is known, and not too long for a kernel."""
-    x, dims = part.args[:2]
-    last = x.meta["val"].ndim - 1
-    columns = sizes(x)[-1] if last >= 0 else None
-    return dims in ([last], [-1], last, -1) and columns.is_Integer and columns <= MAX_COLUMNS
+    """Whether a reduction has a kernel: the last axis has to be known, and not too long."""
+    if reduces_columns(part) or part.target not in COLUMN_REDUCTIONS:
+        return True
+    shape = sizes(part.args[0])
+    return reduced_axes(part) == [len(shape) - 1] and shape[-1].is_Integer and shape[-1] <= MAX_COLUMNS
 
 
 def splice(graph: Graph, node: fx.Node, parts: fx.Graph) -> None:

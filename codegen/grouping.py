@@ -118,8 +118,12 @@ class Grouping:
     def explain_other_domains(self, unit: Unit, read: list[Group]) -> None:
         for group in read:
             if unit.stores and group.units[0].stores and group.units[0].domain != unit.domain:
-                reason = f"one runs over {group.units[0].domain}, the other over {unit.domain}"
+                reason = f"one runs over {sizes_text(group.units[0].domain)}, the other over {sizes_text(unit.domain)}"
                 self.decisions.append(Decision(unit.node.name, group.nodes[-1].name, False, reason))
+
+
+def sizes_text(domain: Domain) -> str:
+    return f"[{', '.join(map(str, (*domain.rows, domain.cols)))}]"
 
 
 def shared(first: Work, second: Work) -> int:

@@ -355,6 +355,16 @@ class RowKernel:
         self.body.append(f"{name} = tl.{how}({value}, axis=1)[:, None]")
         return name
 
+    def loop(self, count: sympy.Expr, iteration: Callable[[sympy.Symbol], None]) -> None:
+        """`for k in range(count)` over what `iteration` adds to the body; its values are unknown behind it."""
+        outside = self.loads, self.body, dict(self.values)
+        self.loads, self.body = [], []
+        counter = self.fresh("k")
+        iteration(sympy.Symbol(counter, integer=True, nonnegative=True))
+        inside = [*self.loads, *self.body]
+        self.loads, self.body, self.values = outside
+        self.body += ["", f"for {counter} in range({self.size_text(count)}):", *(f"    {line}" for line in inside), ""]
+
     # --- the kernel --------------------------------------------------------------------------------------------
 
     def launch(self, name: str) -> Launch:

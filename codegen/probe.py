@@ -5,7 +5,7 @@ The same emitters decide both, so that a group which the probe accepts is one th
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import sympy
@@ -53,6 +53,12 @@ class Probe(RowKernel):
     def let(self, node: fx.Node, expression: str, dtype: torch.dtype | None = None) -> Value:
         self.ops += op_cost(node.target)
         return super().let(node, expression, dtype)
+
+    def loop(self, count: sympy.Expr, iteration: Callable[[sympy.Symbol], None]) -> None:
+        before, lanes, times = self.ops, self.lanes, nominal(count)
+        self.lanes *= times
+        super().loop(count, iteration)
+        self.ops, self.lanes = before + (self.ops - before) * times, lanes
 
     def index_text(self, expr: sympy.Expr) -> str:
         return " ".join(sorted(symbol.name for symbol in expr.free_symbols)) or "0"

@@ -1,10 +1,14 @@
-"""Reductions and norms over the last axis, as Triton code: more rows of `pointwise.EMITTERS`.
+"""Reductions and norms as Triton code: more rows of `pointwise.EMITTERS`.
 
-A kernel that reduces holds whole rows: one tile of BLOCK_R rows and all columns.
+A kernel that reduces the last axis holds whole rows: one tile of BLOCK_R rows and all columns. One that reduces other
+axes has a lane for each result, and loops.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import sympy
 import torch
 from torch import fx
 
@@ -13,19 +17,32 @@ from ..compiler.graph import dtype_of, sizes
 from .kernel import TL_TYPES
 from .pointwise import COL, NoKernel, RowKernel, Value
 from .pointwise_ops import compute_type, emits, operand
-from .views import Index, broadcast_index
+from .views import Index, broadcast_index, reshape_index
 
 aten = torch.ops.aten
 effc = torch.ops.effc
 
 
-def reduced_axis(node: fx.Node) -> None:
-    x = node.args[0]
+def reduced_axes(node: fx.Node) -> list[int]:
+    """The axes that a reduction runs over, from the front."""
+    rank = len(sizes(node.args[0]))
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    dims = list(dims) if isinstance(dims, list | tuple) else [dims]
-    rank = len(sizes(x))
-    if [None if dim is None else dim % rank for dim in dims] != [rank - 1]:
-        raise NoKernel(f"a reduction over axes {dims} has no kernel; the last axis alone has")
+    dims = dims if isinstance(dims, list | tuple) else [] if dims is None else [dims]
+    return sorted(dim % max(rank, 1) for dim in dims) or list(range(rank))
+
+
+def reduced_axis(node: fx.Node) -> None:
+    axes = reduced_axes(node)
+    if axes != [len(sizes(node.args[0])) - 1]:
+        raise NoKernel(f"a reduction over axes {axes} has no kernel; the last axis alone has, and all but the last")
+
+
+def reduces_columns(node: fx.Node) -> bool:
+    """Whether a reduction leaves the last axis: its kernel runs over the results and loops over what they reduce."""
+    if node.target not in COLUMN_REDUCTIONS or dtype_of(node.args[0]) not in COLUMN_REDUCTIONS[node.target]:
+        return False
+    rank = len(sizes(node.args[0]))
+    return rank > 1 and rank - 1 not in reduced_axes(node)
 
 
 def row_values(kernel: RowKernel, node: fx.Node, index: Index, wide: torch.dtype | None = None) -> str:
@@ -57,6 +74,8 @@ def wide_type(node: fx.Node) -> torch.dtype:
 
 @emits(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 def reduction(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    if reduces_columns(node):
+        return column_reduction(kernel, node, index)
     reduced_axis(node)
     x = node.args[0]
     if not dtype_of(x).is_floating_point:
@@ -81,9 +100,73 @@ def integer_reduction(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     return kernel.let(node, kernel.reduce(how, row, dtype))
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COLUMN_REDUCTIONS: dict[Any, tuple[torch.dtype, ...]] = {
+    aten.mean.dim: FLOATS,
+    aten.sum.dim_IntList: (*FLOATS, torch.int64, torch.int32, torch.bool),
+    aten.amax.default: (*FLOATS, torch.int64, torch.int32),
+    aten.amin.default: (*FLOATS, torch.int64, torch.int32),
+    aten.any.dim: (*FLOATS, torch.int64, torch.int32, torch.bool),
+    aten.all.dim: (*FLOATS, torch.int64, torch.int32, torch.bool),
+}
+"""Reductions over other axes than the last, and of what."""
+
+STEPS = {
+    aten.mean.dim: "{0} + {1}",
+    aten.sum.dim_IntList: "{0} + {1}",
+    aten.amax.default: "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    aten.amin.default: "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    aten.any.dim: "{0} | ({1} != 0)",
+    aten.all.dim: "{0} & ({1} != 0)",
+}
+
+
+def column_reduction(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    """A result a lane, one element after the other. Sums of fp32 are made in fp64: one after the other in fp32 would
+    err more than eager's, which are made in a tree."""
+    x, axes = node.args[0], reduced_axes(node)
+    shape = sizes(x)
+    kept = iter(index if len(index) < len(shape) else [place for i, place in enumerate(index) if i not in axes])
+    count = sympy.prod([shape[axis] for axis in axes])
+    total = kernel.assign("total", f"tl.full([BLOCK_R, BLOCK_C], {start(node)}, {TL_TYPES[column_type(node)]})")
+    kernel.across.add(total)
+
+    def iteration(k: sympy.Symbol) -> None:
+        reduced = dict(zip(axes, reshape_index(tuple(shape[axis] for axis in axes), (count,), (k,))))
+        here = tuple(reduced[i] if i in reduced else next(kept) for i in range(len(shape)))
+        value = operand(kernel, x, here, dtype_of(x) if dtype_of(node) == torch.bool else column_type(node))
+        kernel.body.append(f"{total} = {STEPS[node.target].format(total, value)}")
+
+    kernel.loop(count, iteration)
+    result = f"{total} / {kernel.factor_text(count)}" if node.target is aten.mean.dim else total
+    wide = TL_TYPES[compute_type(dtype_of(node))]
+    return kernel.let(node, f"({result}).to({wide})")
+
+
+def column_type(node: fx.Node) -> torch.dtype:
+    """The type that a column is reduced in."""
+    dtype = compute_type(dtype_of(node))
+    if node.target in (aten.sum.dim_IntList, aten.mean.dim) and dtype_of(node) == torch.float32:
+        return torch.float64
+    return dtype
+
+
+def start(node: fx.Node) -> str:
+    """What a reduction of nothing gives."""
+    dtype = dtype_of(node.args[0])
+    if node.target in (aten.amax.default, aten.amin.default):
+        lowest = node.target is aten.amax.default
+        if dtype.is_floating_point:
+            return 'float("-inf")' if lowest else 'float("inf")'
+        return str(torch.iinfo(dtype).min if lowest else torch.iinfo(dtype).max)
+    return {aten.any.dim: "False", aten.all.dim: "True"}.get(node.target, "0")
+
+
 @emits(aten.any.dim, aten.all.dim)
 def truth(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     """Whether a row has an element that is (any), or none that is not (all)."""
+    if reduces_columns(node):
+        return column_reduction(kernel, node, index)
     reduced_axis(node)
     row, every = row_values(kernel, node, index, dtype_of(node.args[0])), node.target is aten.all.dim
     found = kernel.reduce("max", f"({row} {'==' if every else '!='} 0).to(tl.int32)", torch.int32)
@@ -152,3 +235,10 @@ REDUCTIONS = frozenset(
     }
 )
 """Ops that need whole rows: their kernels run over their input's rows and columns."""
+
+
+def is_row_reduction(node: fx.Node) -> bool:
+    """Whether a node's kernel runs over the rows and columns of its input."""
+    if node.target in COLUMN_REDUCTIONS:
+        return reduced_axes(node) == [len(sizes(node.args[0])) - 1]
+    return node.target in REDUCTIONS

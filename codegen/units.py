@@ -15,7 +15,7 @@ from .fusion_cost import MAX_INLINED, Decision, bytes_of, op_cost, recompute
 from .pointwise import Domain
 from .pointwise_ops import is_fusible
 from .prologue import joins_product
-from .reductions import REDUCTIONS
+from .reductions import REDUCTIONS, is_row_reduction, reduces_columns
 from .scope import Scope, flat_domain, readers
 from .table import TEMPLATES, WRITES
 from .target import Target
@@ -133,7 +133,7 @@ class Plan:
     def is_realized(self, node: fx.Node) -> bool:
         if node in self.forced or any(Scope.base(argument) in self.written for argument in node.all_input_nodes):
             return True
-        if is_empty(node):
+        if is_empty(node) or reduces_columns(node):
             return True
         users = set(readers(node))
         if any(not self.is_pointwise(user) and not self.is_written_by(user, node) for user in users):
@@ -194,12 +194,12 @@ def returns_tensors(node: fx.Node) -> bool:
 
 def row_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
     """What a reduction runs over."""
-    return (node.args[0],) if node.target in REDUCTIONS else ()
+    return (node.args[0],) if is_row_reduction(node) else ()
 
 
 def unit_domain(node: fx.Node) -> Domain:
     """What the kernel of a realized node runs over: its own elements, or its input's if it reduces rows."""
-    return flat_domain(node.args[0]) if node.target in REDUCTIONS else flat_domain(node)
+    return flat_domain(node.args[0]) if is_row_reduction(node) else flat_domain(node)
 
 
 def is_empty(node: fx.Node) -> bool:
