@@ -1,4 +1,4 @@
-"""The commands: `effc pull | generate | dump | explain | profile | bench`.
+"""The commands: `effc pull | generate | dump | explain | profile | ablate | bench`.
 
 Nothing heavy is imported before the arguments are known to be good. What the model says, paths and tables go to
 standard output; progress and statistics go to standard error, and only where that is a terminal.
@@ -191,6 +191,31 @@ def profile_command(
 
         result = profile(compile_model(path, dtype=dtype and dtype.torch_dtype()), graph, tokens, repeats)
     print(json.dumps(result.to_dict()) if as_json else result)
+
+
+@app.command("ablate")
+def ablate_command(
+    model: ModelArgument,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Leave out every two passes as well.")] = False,
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to write; at least 2.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Runs; their medians are printed.")] = 3,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model without each pass in turn: tokens/s, launches, and KL from the whole pipeline."""
+    for name, value, least in (("tokens", tokens, 1), ("new-tokens", new_tokens, 2), ("repeats", repeats, 1)):
+        check_integer(name, value, f"at least {least}", lambda found, least=least: found >= least)
+    path = located(model)
+    from .ablate import ablate
+
+    def progress(what: str) -> None:
+        if sys.stderr.isatty():
+            print(what, file=sys.stderr)
+
+    options = {"pairs": pairs, "prompt_tokens": tokens, "new_tokens": new_tokens, "repeats": repeats}
+    table = ablate(path, dtype and dtype.torch_dtype(), progress=progress, **options)
+    print(json.dumps(table.to_dict()) if as_json else table)
 
 
 @app.command(

@@ -34,6 +34,7 @@ from effc.compiler.weights import Read
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 aten = torch.ops.aten
 
@@ -63,6 +64,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "axis": (-1, 3),
     "shape": ([16],),
     "dropout": (0.0,),
+    "scale": (None, 0.5, 1.0),
     "rows": ([10, 16], [-1, 16]),
 }
 """Values for what is no tensor, by name."""
@@ -120,7 +122,7 @@ class Sample:
 
     def leaf(self, pattern: Anything, kind: str, before: list[Any] | None) -> Any:
         """A new input or weight, or a number, as `fits` allows."""
-        if pattern.name in VALUES:
+        if pattern.name in VALUES and not (pattern.name == "scale" and kind.endswith(("Tensor", "Tensor]"))):
             return self.chance.choice(VALUES[pattern.name])
         drawn = self.plain(kind, before)
         if drawn is not None or (kind.startswith("Optional") and self.chance.random() < 0.5):
@@ -255,12 +257,14 @@ def require_runnable(graph: Graph) -> None:
     """Raise Mismatch where eager refuses what the shape rules accept, or would read beyond the end of its values."""
     for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
-            k, v = (argument.meta["val"] for argument in node.args[1:3])
-            if k.shape[-2] != v.shape[-2]:
-                raise Mismatch("keys and values of different lengths")
+            q, k, v = (argument.meta["val"] for argument in node.args[:3])
+            mask = node.args[3].meta["val"] if len(node.args) > 3 and node.args[3] is not None else q[..., :1, :1]
+            if k.shape[-2] != v.shape[-2] or mask.shape[-2] not in (1, q.shape[-2]):
+                raise Mismatch("keys and values, or queries and a mask, of different lengths")
     sampler = Sampler({}, 0).learn(graph.weights.values())
     try:
-        interpret.run(graph, sampler.inputs(graph), sampler)
+        with sdpa_kernel(SDPBackend.MATH):  # the others take a mask that does not fit, or one beside is_causal
+            interpret.run(graph, sampler.inputs(graph), sampler)
     except Exception as error:
         raise Mismatch(str(error)) from error
 
@@ -404,7 +408,7 @@ def varied(value: Any) -> list[Any]:
     if isinstance(value, int):
         return [value + 1, value - 1]
     if isinstance(value, float):
-        return [value * 2, -value]
+        return [value * 2, value + 1]
     if isinstance(value, str):
         return [word for word in WORDS if word != value]
     if isinstance(value, (list, tuple)) and value and all(type(item) is int for item in value):
