@@ -63,12 +63,33 @@ class TokenAxis:
 def check_per_token(graph: Graph, length: sympy.Symbol) -> None:
     """Raise ModelError at the first node, attention aside, where a token depends on others or on the length."""
     axis = TokenAxis(graph, length)
+    tables = only_in_tables(graph)
     for node in graph.nodes:
-        if node.op == "call_function" and (reason := refusal(axis, node)) is not None:
+        if node.op == "call_function" and node not in tables and (reason := refusal(axis, node)) is not None:
             raise refused(graph, node, reason)
     for logits in graph.outputs:
         if axis.of(logits) is None:
             raise refused(graph, logits, "the output has no dimension that runs over the tokens")
+
+
+def only_in_tables(graph: Graph) -> set[fx.Node]:
+    """What is computed for the tables of attention alone, which attention answers for."""
+    found: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if (
+            node.op == "call_function"
+            and node.users
+            and all(user in found or in_tables(node, user) for user in node.users)
+        ):
+            found.add(node)
+    return found
+
+
+def in_tables(node: fx.Node, user: fx.Node) -> bool:
+    if user.target != effc.attention.default:
+        return False
+    named = arguments(user)
+    return node in (named.pop("tables") or ()) and node not in named.values()
 
 
 def refused(graph: Graph, node: fx.Node, reason: str) -> ModelError:

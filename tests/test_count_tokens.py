@@ -91,7 +91,16 @@ def test_counts_of_what_is_visible_know_the_padding(name):
     agree(model, bare, graphs_of(bare), padding=False)
 
 
+def packed(m: Model, x: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+    """Documents packed in a row: positions start anew at each, and no token sees another document."""
+    document = (places.diff(dim=1, prepend=places[:, :1] - 1) != 1).cumsum(1)
+    place = torch.arange(x.shape[1])
+    allowed = (place[None, :] <= place[:, None]) & (document[:, None, :, None] == document[:, None, None, :])
+    return attend(m, x, is_causal=False, attn_mask=allowed)
+
+
 REFUSED = {
+    "documents packed in a row": (packed, r"attention .* depends on cumsum\w* .* packed in a row"),
     "more than the tokens": (
         lambda m, x, mask, places: attend(m, x + m.places(torch.arange(x.shape[1] + 1)[1:])),
         "more than|counts up to something else|tokens",
