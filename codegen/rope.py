@@ -3,8 +3,8 @@
     first' = first * cos - second * sin
     second' = second * cos + first * sin
 
-for each pair (first, second) of a head: halves apart, or neighbours if interleaved. Products and sums round to the
-dtype of x, as eager does.
+for each pair (first, second) of a head: halves apart, or neighbours if interleaved. Products round to the dtype that x
+and the tables promote to, sums to the dtype of x, as eager does.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def {{ name }}({{ header }}):
     first_out = {{ r("first * first_cos") }} - {{ r("second * first_sin") }}
     second_out = {{ r("second * second_cos") }} + {{ r("first * second_sin") }}
 #% if rounds_sum
-    first_out = {{ r("first_out") }}
-    second_out = {{ r("second_out") }}
+    first_out = first_out{{ rounded }}
+    second_out = second_out{{ rounded }}
 #% endif
 
     tl.store(out_row + first_at, first_out.to({{ out_type }}), mask=mask)
@@ -104,10 +104,12 @@ def lower(
     arguments.constant("BLOCK_P", power_of_two(pairs))
     if rest:
         arguments.constant("BLOCK_REST", power_of_two(rest))
-    if not dtype_of(x) == dtype_of(cos) == dtype_of(sin):
+    product = torch.promote_types(dtype_of(x), dtype_of(cos))
+    if dtype_of(cos) != dtype_of(sin) or product not in (dtype_of(x), torch.float32):
         raise NoKernel(f"rope of {dtype_of(x)} by {dtype_of(cos)} and {dtype_of(sin)} has no kernel")
-    low = TL_TYPES[dtype_of(x)] if dtype_of(x) != torch.float32 else None
-    rounds_sum = low is not None and out.buffer.dtype != dtype_of(x)
+    low = TL_TYPES[product] if product != torch.float32 else None
+    rounded = f".to({TL_TYPES[dtype_of(x)]}).to(tl.float32)"
+    rounds_sum = dtype_of(x) != torch.float32 and out.buffer.dtype != dtype_of(x)
     values = {
         "heads": int(heads),
         "s": arguments.size("S", length),
@@ -133,6 +135,7 @@ def lower(
             block_p=power_of_two(pairs),
             rest=rest,
             rounds_sum=rounds_sum,
+            rounded=rounded,
             out_type=TL_TYPES[out.buffer.dtype],
             r=lambda product: f"({product}).to({low}).to(tl.float32)" if low else product,
             **values,

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph, dtype_of, sizes
+from ..compiler.graph import Graph, dtype_of, sizes, writes
 from ..compiler.weights import Pack, Reshape, Weight
 from .kernel import ZERO, Buffer, Choice, Launch, Layout, Packed, Step, contiguous_strides
 from .pointwise import Domain, RowKernel, Store
@@ -33,6 +33,8 @@ class Scope:
         self.layouts: dict[fx.Node, Layout | Packed] = {}
         self.recipes: dict[str, Weight] = {}
         self.steps: list[Step] = []
+        self.copies: dict[fx.Node, Layout] = {}
+        self.written = {self.base(node.args[0]) for node in graph.nodes if writes(node)}
         self.outputs = {seen for node in graph.outputs if isinstance(node, fx.Node) for seen in (node, self.base(node))}
 
     @staticmethod
@@ -81,13 +83,17 @@ class Scope:
         return self.copy(node)
 
     def copy(self, node: fx.Node) -> Layout:
-        """A contiguous copy of a tensor, made by a pointwise kernel."""
+        """A contiguous copy of a tensor, made by a pointwise kernel; one for all that read what nothing writes to."""
+        if node in self.copies:
+            return self.copies[node]
         shape = sizes(node)
         name = f"{node.name}.copy{len(self.steps)}"
         buffer = Buffer(name, sympy.prod(shape), dtype_of(node), self.kind(node))
         layout = Layout(buffer, ZERO, shape, contiguous_strides(shape))
         if not any(size == 0 for size in shape):
             self.add(self.pointwise([Store(node, layout)], name="copy"))
+        if self.base(node) not in self.written:
+            self.copies[node] = layout
         return layout
 
     def weight(self, node: fx.Node) -> Layout | Packed:

@@ -1,9 +1,10 @@
-"""Fuse root mean square norms.
+"""Fuse root mean square norms, and layer norms that are written out.
 
     weight * (x * rsqrt(mean(x**2, -1) + eps))  -->  rms_norm(x, weight, eps)
+    rms_norm(x - mean(x, -1), weight, eps)      -->  layer_norm(x, [K], weight, None, eps)
 
 with x in fp32 inside and rounded back before the scale (Llama) or after it (Gemma, whose scale is 1 + weight: the
-sum becomes part of the weight's recipe). LayerNorm needs no rewrite: `aten.layer_norm` has a kernel of its own.
+sum becomes part of the weight's recipe). `aten.layer_norm` itself has a kernel and needs no rewrite.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 from torch import fx
 
 from ..compiler.fold import recipe_of, weight_of
-from ..compiler.graph import Graph, dtype_of
+from ..compiler.graph import Graph, dtype_of, sizes
 from ..compiler.ops import OPS
 from ..compiler.pattern import any_, cast, const, maybe_cast, op, tensor
-from ..compiler.rewrite import Match, PassResult, Rule, rewrite
+from ..compiler.rewrite import Match, PassResult, Rule, add_weight, rewrite
+from ..compiler.weights import Cast
+from .normalize import holds
 
 aten = torch.ops.aten
 rms_norm = OPS["rms_norm"].target
@@ -33,6 +36,8 @@ ROUNDED = cast(NORMALIZED)
 SCALED_ROUNDED = op(aten.mul.Tensor, (ROUNDED | NORMALIZED).named("normalized"), tensor("scale"))
 SCALED_WIDE = cast(op(aten.mul.Tensor, NORMALIZED.named("normalized"), tensor("scale")))
 COMPOSITE = op(aten.rms_norm.default, X, any_("shape"), any_("scale"), any_("eps"))
+CENTERED = op(aten.sub.Tensor, WIDE, op(aten.mean.dim, WIDE, any_("dims"), True))
+LAYER_NORM = op(rms_norm, CENTERED, any_("weight"), any_("eps"), any_("scale_in_fp32"))
 
 
 def unfit(match: Match) -> str | None:
@@ -105,6 +110,22 @@ def to_rms_norm_from_composite(match: Match) -> fx.Node | None:
     return match.call(rms_norm, match["x"], weight, float(eps), *(True,) * in_fp32)
 
 
+def to_layer_norm(match: Match) -> fx.Node | None:
+    """The same in the input's own dtype if it is widened and the result is rounded back: layer_norm does so inside."""
+    if reason := unfit(match):
+        return match.decline(reason)
+    x, weight = match["wide"], match["weight"]
+    if dtype_of(match.root) == match.value("x").dtype:
+        x = match["x"]
+    elif dtype_of(match.root) != dtype_of(x):
+        return match.decline(f"the result is rounded to {dtype_of(match.root)}, not to the input's dtype")
+    if weight is not None:
+        recipe = match.graph.weights.get(weight.name)
+        if isinstance(recipe, Cast) and recipe.source.dtype == dtype_of(x) and holds(dtype_of(x), recipe.dtype):
+            weight = add_weight(match.graph, f"{weight.name}_{dtype_of(x)}".replace("torch.", ""), recipe.source)
+    return match.call(aten.layer_norm.default, x, [int(sizes(x)[-1])], weight, None, float(match["eps"]))
+
+
 # What rounds at the end comes first: inside it, the same norm of the widened input would match too.
 RULES = (
     Rule("rms_norm, scaled in fp32", SCALED_WIDE, to_rms_norm_scaled_wide),
@@ -112,6 +133,8 @@ RULES = (
     Rule("rms_norm, rounded", ROUNDED, to_rms_norm),
     Rule("rms_norm without scale", NORMALIZED, to_rms_norm),
     Rule("rms_norm of torch", COMPOSITE, to_rms_norm_from_composite),
+    Rule("layer_norm", cast(LAYER_NORM), to_layer_norm),
+    Rule("layer_norm in one dtype", LAYER_NORM, to_layer_norm),
 )
 
 

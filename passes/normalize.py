@@ -6,6 +6,7 @@
     getitem(split | chunk | unbind)                    -->  slice or select
     clone, contiguous, alias, detach, dropout in eval  -->  x
     add(x, 0), mul(x, 1), x[:], expand to its own size -->  x
+    x[..., [4, 5], :], index known                     -->  x[..., 4:6, :]
     cat([empty, x])                                    -->  x
     add.Scalar(x, 2), div(x, full([], 2))              -->  add.Tensor(x, 2), div.Tensor(x, 2)
     x * x, square(x), pow(x, 2.0)                      -->  pow(x, 2)
@@ -75,6 +76,7 @@ ITEM = op(operator.getitem, any_("parts"), const("index"))
 SPLITS = frozenset(
     {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int}
 )
+INDEX = op(aten.index.Tensor, X, any_("indices"))
 CAT = op(aten.cat.default, any_("parts"), any_("dim"))
 ADD_ZERO = op(aten.add.Tensor, aten.sub.Tensor, X, 0)
 TIMES_ONE = op(aten.mul.Tensor, aten.div.Tensor, X, 1) | op(aten.pow.Tensor_Scalar, X, 1)
@@ -234,6 +236,25 @@ def to_part(match: Match) -> fx.Node | None:
     return match.call(aten.slice.Tensor, x, dim, ends[index], ends[index + 1])
 
 
+def to_slice_from_index(match: Match) -> fx.Node | None:
+    """An index along one axis by consecutive numbers that are known while compiling."""
+    indexed = [(dim, index) for dim, index in enumerate(match["indices"]) if index is not None]
+    if len(indexed) != 1:
+        return None
+    (dim, index), x = indexed[0], match["x"]
+    recipe, size = match.graph.weights.get(index.name), x.meta["val"].shape[dim]
+    if not isinstance(recipe, Constant) or recipe.tensor.dtype == torch.bool or recipe.tensor.ndim != 1:
+        return None
+    entries = recipe.tensor.tolist()
+    if not isinstance(size, int) or not entries:
+        return None
+    entries = [entry % size if -size <= entry < size else entry for entry in entries]
+    start = entries[0]
+    if entries != list(range(start, start + len(entries))) or start < 0 or start + len(entries) > size:
+        return match.decline(f"the entries {recipe.tensor.tolist()} do not follow each other")
+    return match.call(aten.slice.Tensor, x, dim, start, start + len(entries))
+
+
 def to_shorter_cat(match: Match) -> fx.Node | None:
     """cat([empty, x, y]) --> cat([x, y]);  cat([x]) --> x"""
     parts, dim = match["parts"], match["dim"]
@@ -338,6 +359,7 @@ RULES = (
     Rule("expand", EXPAND, to_input_if_same),
     Rule("slice", SLICE, to_slice),
     Rule("part", ITEM, to_part),
+    Rule("index", INDEX, to_slice_from_index),
     Rule("cat", CAT, to_shorter_cat),
     Rule("add_zero", ADD_ZERO, to_input_if_same),
     Rule("times_one", TIMES_ONE, to_input_if_same),

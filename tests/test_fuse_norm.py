@@ -137,3 +137,47 @@ def test_a_shared_inner_value_is_not_computed_twice():
     module = Norm()
     module.scale = lambda wide, rstd, dtype: (module.weight * (wide * rstd), rstd)
     check(module, matches=0, gone=(rms_norm,), misses=("used elsewhere",) * 2)
+
+
+class WrittenOut(nn.Module):
+    """Cohere's layer norm, in fp32 whatever its input is."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(K, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (self.weight.float() * self.normalize(wide, wide.mean(-1, keepdim=True))).to(x.dtype)
+
+    def normalize(self, wide: Tensor, mean: Tensor) -> Tensor:
+        return (wide - mean) * torch.rsqrt((wide - mean).pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+class MeanIsUsed(WrittenOut):
+    def normalize(self, wide, mean):
+        return super().normalize(wide, mean) + mean
+
+
+class MeanOfTheRest(WrittenOut):
+    def normalize(self, wide, mean):
+        return super().normalize(wide, wide.mean(-2, keepdim=True))
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)], ids=str)
+def test_a_layer_norm_that_is_written_out(dtype, atol):
+    module = randomize(WrittenOut(dtype))
+    x = example(B, S, K, dtype=dtype)
+    present = {aten.layer_norm.default: 1, aten._to_copy.default: 0}
+    gone = (aten.mean.dim, aten.sub.Tensor, rms_norm)
+    graph = check_pass(fuse_norm, graph_of(module, x), module, (x,), matches=2, present=present, gone=gone, atol=atol)
+    (weight,) = graph.weights.values()
+    assert weight.dtype == dtype
+
+
+@pytest.mark.parametrize("near_miss", [MeanIsUsed, MeanOfTheRest])
+def test_what_is_no_layer_norm(near_miss):
+    module, x = randomize(near_miss()), example(B, S, K)
+    graph = graph_of(module, x)
+    fuse_norm(graph)
+    assert graph.count(aten.layer_norm.default) == 0

@@ -165,3 +165,27 @@ def test_weights_with_one_recipe_become_one():
     assert count_ops(graph)["sin"] == 1
     ids = torch.tensor([[1, 3]])
     assert torch.equal(run(graph, {"input_ids": ids}, ModuleSource(model))[0], model(ids))
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([-2, -1], {"slice": 1}),
+        ([3], {"slice": 1}),
+        ([0, 1, 2, 3, 4, 5], {}),
+        ([1, 3], {"index": 1}),
+        ([2, 1], {"index": 1}),
+        ([1, 1], {"index": 1}),
+    ],
+)
+def test_an_index_by_consecutive_numbers_is_a_slice(entries, expected):
+    at = torch.tensor(entries)
+    graph = graph_of(lambda x, at: torch.relu(x[:, at]), x(), at)
+    graph.weights[graph.placeholders[1].name] = Constant.of(at)
+    result = normalize(graph)
+    verify(graph)
+    assert {name: count for name, count in count_ops(graph).items() if name != "relu"} == expected
+    assert bool(result.misses) == ("index" in expected)
+    (found,) = run(graph, {graph.inputs[0]: x()})
+    assert torch.equal(found, torch.relu(x()[:, at]))
+    assert normalize(graph).matches == 0

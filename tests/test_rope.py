@@ -67,15 +67,21 @@ def test_a_wider_cache_holds_what_eager_rounds() -> None:
     check(function, states=("k",), **tensors, k=random(1, 2, 9, 16), past=torch.tensor([2]))
 
 
-def test_tables_of_another_dtype_run_through_aten() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tables"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.double)],
+)
+def test_tables_of_another_dtype(dtype: torch.dtype, tables: torch.dtype) -> None:
+    """Products are made in the wider dtype and rounded once; fp64 has no kernel."""
+
     def function(x: Tensor, cos: Tensor, sin: Tensor, k: Tensor, past: Tensor) -> tuple[Tensor, ...]:
         turned = effc.rope(x, cos, sin)
         return effc.kv_write(k, turned, past), effc.rope(x * 2, cos, sin) + 1
 
-    tensors = operands(1, 2, 3, 16, 16, False, torch.float32)
-    tensors["x"] = tensors["x"].to(torch.bfloat16)
-    k, past = random(1, 2, 9, 16, dtype=torch.bfloat16), torch.tensor([2])
-    check(function, states=("k",), fallbacks=2, **tensors, k=k, past=past)
+    tensors = operands(1, 2, 3, 16, 16, False, tables)
+    tensors["x"] = tensors["x"].to(dtype)
+    k, past = random(1, 2, 9, 16, dtype=dtype), torch.tensor([2])
+    check(function, states=("k",), fallbacks=2 * (tables == torch.double), **tensors, k=k, past=past)
 
 
 def test_a_value_without_rope_goes_to_the_cache_in_one_kernel() -> None:
