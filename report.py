@@ -17,6 +17,7 @@ from .compiler.rewrite import Miss, source_line
 if TYPE_CHECKING:
     import torch
 
+    from .anatomy import Anatomy
     from .codegen.cpu import CpuTarget
     from .codegen.schedule import Scheduled
     from .passes.cacheability import Cacheability
@@ -80,18 +81,22 @@ class GraphExplanation:
 
 @dataclass
 class Explanation:
-    """What the compiler did with a model; prints as text. cache: its KV cache, or why it has none."""
+    """What the compiler did with a model; prints as text.
+
+    anatomy: what the model is made of, in one row. cache: its KV cache, or why it has none.
+    """
 
     title: str
     graphs: list[GraphExplanation] = field(default_factory=list)
     cache: Cacheability | None = None
+    anatomy: Anatomy | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        cache = [] if self.cache is None else [str(self.cache)]
-        return "\n\n".join([self.title, *cache, *map(str, self.graphs)])
+        parts = [str(part) for part in (self.anatomy, self.cache) if part is not None]
+        return "\n\n".join([self.title, *parts, *map(str, self.graphs)])
 
 
 def shortened(names: Iterable[str], limit: int = 4) -> str:
@@ -128,9 +133,11 @@ def explain_graph(scheduled: Scheduled, steps: Iterable[Step], notes: Iterable[s
 
 def explain_program(program: Program, kinds: Iterable[str] = ("prefill", "decode")) -> Explanation:
     """The account of a program's graphs; of `forward` alone where it has no KV cache."""
+    from .anatomy import anatomy
     from .passes.cacheability import cacheability
 
     result = Explanation(f"{program.model.name} on {program.target.isa}")
+    result.anatomy = anatomy(program)
     result.cache = cacheability(program.stages.graph("forward", True))
     if result.cache.refusal is not None:
         kinds = ("forward",)

@@ -24,6 +24,8 @@ from torch.export.graph_signature import InputKind
 from .branches import bound_by_branches
 from .errors import InputError, ModelError
 from .graph import Graph, size_expr
+from .rewrite import source_line
+from .token_mixing import first_mixing
 from .weights import Cast, Constant, Read, TensorSource, Weight
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -186,7 +188,7 @@ def _export(module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
                     raise
                 bounds = tighter
     except Exception as error:
-        raise ModelError(_refusal(module, error)) from error
+        raise ModelError(_refusal(module, wrapper, inputs, error)) from error
 
 
 def _is_functional(nodes: fx.Graph) -> bool:
@@ -219,15 +221,26 @@ def _tighter_bounds(bounds: Bounds, message: str) -> Bounds:
     return bounds
 
 
-def _refusal(module: nn.Module, error: Exception) -> str:
+def _refusal(module: nn.Module, wrapper: nn.Module, inputs: dict[str, Tensor], error: Exception) -> str:
     """One line: what the exporter says first about the model, or about the size that it cannot keep symbolic."""
     fixed = re.search(r"^\s+([BS]) = (\d+)$", str(error), re.MULTILINE)
     if fixed:
         size = {"B": "batch size", "S": "length"}[fixed[1]]
         reason = f"the code needs a fixed {size} (it loops over it in Python, or branches on it)"
+        if fixed[1] == "S" and (mixing := _mixing_of_tokens(wrapper, inputs)):
+            reason += f"; tokens are mixed by {mixing}"
     else:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"{type(module).__name__} cannot be traced with a symbolic batch and length: {reason}"
+
+
+def _mixing_of_tokens(wrapper: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+    """The op that mixes tokens first, and its source line; None where the model does not run at a fixed length."""
+    try:
+        node = first_mixing(wrapper, inputs)
+    except Exception:  # whatever it is, the refusal stands
+        return None
+    return node and f"{node.name} ({node.target}) from {source_line(node)}"
 
 
 NOISY = ("transformers", "torch._subclasses", "torch.export", "torch.fx.experimental.symbolic_shapes")
@@ -279,8 +292,19 @@ def _to_graph(
         weights[node.name] = recipe
     for node in nodes.nodes:
         node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+        _forget_real(node.meta.get("val"))
     module = fx.GraphModule(program.graph_module, nodes)
     return Graph(module, name=name, weights=weights)
+
+
+def _forget_real(value: Any) -> None:
+    """Drop the values that an export along the example's branches computed: from here on, only shapes count."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for fake in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(fake, FakeTensor):
+            fake.real_tensor = None
+            fake.fake_mode.propagate_real_tensors = False
 
 
 def rename_placeholder(placeholder: fx.Node, name: str) -> None:

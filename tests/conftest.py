@@ -20,6 +20,10 @@ SANITIZE = "EFFC_TEST_SANITIZE"
 """Set by `make sanitize`, which preloads the sanitizers: every kernel that a test launches is compiled with them."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what is found into the data that tests expect")
+
+
 def pytest_configure() -> None:
     """Tests keep out of the user's models and programs; what they compile serves the next run. Passes are verified."""
     os.environ.setdefault("EFFC_VERIFY", "1")
