@@ -22,17 +22,17 @@ import effc
 import measure
 import torch
 from effc.speed import CompiledEngine, Engine, TransformersEngine, surroundings
-from torch import nn
+from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 HIDDEN, INTERMEDIATE, PER_TOKEN, VOCABULARY = 768, 2048, 2, 512
-PROMPT = 16
+PROMPT, WARM_UPS = 16, 5
 BYTES_OF_EXPERT = 3 * HIDDEN * INTERMEDIATE * 4
 
 
 @dataclass
 class Row:
-    """Seconds of one step with so many experts, medians; error: the largest of a logit against eager."""
+    """Seconds of one step with so many experts, medians; error: the largest difference of a logit from eager's."""
 
     experts: int
     effc: float
@@ -70,46 +70,55 @@ def model_with(experts: int) -> nn.Module:
     return MixtralForCausalLM(config).eval().requires_grad_(False)
 
 
-def row(experts: int, steps: int) -> Row:
-    model = model_with(experts)
-    tokens = torch.randint(VOCABULARY, (steps + 5, 1, 1), generator=torch.Generator().manual_seed(1))
-    prompt = torch.randint(VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(2))
-    engines: list[Engine] = [
-        CompiledEngine(effc.compile(model), PROMPT + len(tokens)),
-        TransformersEngine(model, None, "eager"),
-    ]
-    seconds: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    error = 0.0
-    for engine in engines:
-        engine.prefill(prompt)
-    for token in tokens:
+class Pair:
+    """A model with so many experts, compiled and in eager PyTorch, and what their steps took."""
+
+    def __init__(self, experts: int, steps: int) -> None:
+        self.experts, self.error = experts, 0.0
+        model = model_with(experts)
+        self.engines: tuple[Engine, Engine] = (
+            CompiledEngine(effc.compile(model), PROMPT + steps),
+            TransformersEngine(model, None, "eager"),
+        )
+        self.seconds: tuple[list[float], list[float]] = ([], [])
+        prompt = torch.randint(VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(2))
+        for engine in self.engines:
+            engine.prefill(prompt)
+
+    def step(self, token: Tensor) -> None:
         logits = []
-        for engine in engines:
+        for engine, seconds in zip(self.engines, self.seconds):
             start = time.perf_counter()
             logits.append(engine.decode(token))
-            seconds[engine.name].append(time.perf_counter() - start)
-        error = max(error, (logits[0] - logits[1]).abs().max().item())
-    ours, eager = (statistics.median(seconds[engine.name][5:]) for engine in engines)
-    return Row(experts, ours, eager, error)
+            seconds.append(time.perf_counter() - start)
+        self.error = max(self.error, (logits[0] - logits[1]).abs().max().item())
+
+    @property
+    def row(self) -> Row:
+        ours, eager = (statistics.median(seconds[WARM_UPS:]) for seconds in self.seconds)
+        return Row(self.experts, ours, eager, self.error)
 
 
+@torch.no_grad()
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    for experts in options.experts:  # what is compiled while others are measured would disturb them
-        effc.compile(model_with(experts)).generate(torch.zeros(1, 2, dtype=torch.int64), max_new_tokens=2)
-    with surroundings() as around, torch.no_grad():
-        rows = [row(experts, options.steps) for experts in options.experts]
+    """Models take turns, token by token, so that a change of the machine's mood meets them all."""
+    steps = options.steps + WARM_UPS
+    tokens = torch.randint(VOCABULARY, (steps, 1, 1), generator=torch.Generator().manual_seed(1))
+    pairs = [Pair(experts, steps) for experts in options.experts]
+    bandwidth = measure.read_bandwidth()
+    with surroundings() as around:
+        for token in tokens:
+            for pair in pairs:
+                pair.step(token)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": measure.commit(),
         "machine": measure.machine(),
         "versions": measure.versions(),
         "threads": options.threads,
-        "bandwidth": measure.read_bandwidth(),
+        "bandwidth": bandwidth,
         "surroundings": str(around),
-        "hidden": HIDDEN,
-        "intermediate": INTERMEDIATE,
-        "per_token": PER_TOKEN,
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(pair.row) for pair in pairs],
     }
 
 
