@@ -24,8 +24,8 @@ from torch import fx
 
 from .graph import Graph, dtype_of, size_expr, sizes
 from .index_algebra import Inference, NotInferred
-from .index_text import NoText, Writer
-from .index_values import Shape, Value, canonical
+from .index_text import SYMBOLS, NoText, Writer, from_text
+from .index_values import Shape, Value, canonical, less_equal, truth
 from .mask_check import ancestors, check_masks, evaluated
 from .mask_form import HIDDEN, MaskForm
 from .rewrite import add_weight
@@ -51,7 +51,7 @@ class Masks:
     """Reads the masks of one graph; each is inferred and checked once, however many layers compute and use it."""
 
     graph: Graph
-    known: dict[tuple[tuple[int, ...], Shape], MaskForm | NotInferred] = field(default_factory=dict)
+    known: dict[tuple[tuple[int, ...] | MaskForm, Shape], MaskForm | NotInferred] = field(default_factory=dict)
     numbers: dict[fx.Node, int] = field(default_factory=dict)
     computations: dict[Hashable, int] = field(default_factory=dict)
 
@@ -72,6 +72,16 @@ class Masks:
             return self._read(read, scores), rest
         except NotInferred as reason:  # of what they mean together
             return self._read(read[:1], scores), rest | dict.fromkeys(read[1:], reason)
+
+    def reread(self, form: MaskForm, scores: Shape) -> MaskForm:
+        """The form without the tables that have become known: "t0[b, k] * t1[h]" is "t0[h] * k" if t0 counts keys.
+
+        Raises NotInferred where it cannot be written any more.
+        """
+        key = (form, scores)
+        if key not in self.known:
+            self.known[key] = reread_form(Inference(self.graph, partial=True), form, scores)
+        return self.known[key]
 
     def _read(self, masks: tuple[fx.Node, ...], scores: Shape) -> MaskForm:
         key = (tuple(map(self._number, masks)), scores)
@@ -136,10 +146,31 @@ def folded_table(graph: Graph, table: fx.Node) -> fx.Node:
 def infer_masks(inference: Inference, masks: Sequence[fx.Node], scores: Shape) -> MaskForm:
     """What the masks mean together, by the algebra alone. Raises NotInferred."""
     indices = tuple(inference.index(name, size) for name, size in zip("bhqk", scores))
-    readings = [conditions(element(inference, mask, indices, scores), mask) for mask in masks]
+    readings = [conditions(inference, element(inference, mask, indices, scores), mask) for mask in masks]
     condition = sympy.And(*(reading.condition for reading in readings))
     bias = sum((reading.bias for reading in readings), sympy.Integer(0))
-    return form_of(inference, Reading(simplified(inference.decide(condition)), bias), indices, masks[0])
+    return form_of(inference, Reading(decided(inference, condition), bias), indices, masks[0])
+
+
+def reread_form(inference: Inference, form: MaskForm, scores: Shape) -> MaskForm:
+    indices = tuple(inference.index(name, size) for name, size in zip("bhqk", scores))
+    b, _, q, k = indices
+    tables = [inference.infer(table).at for table in form.tables]
+    places = dict(zip(SYMBOLS.values(), indices))
+
+    def expression(text: str | None, default: Value) -> Value:
+        return default if text is None else from_text(text, tables).subs(places)
+
+    parts = [truth(expression(form.visible, sympy.true))]
+    parts += [less_equal(k, q)] if form.causal else []
+    parts += [less_equal(q - form.window + 1, k)] if form.window is not None else []
+    parts += [truth(inference.infer(form.key_mask).at(b, k))] if form.key_mask is not None else []
+    reading = Reading(decided(inference, sympy.And(*parts)), expression(form.bias, sympy.Integer(0)))
+    return form_of(inference, reading, indices, form.tables[0])
+
+
+def decided(inference: Inference, condition: Value) -> Value:
+    return simplified(inference.decide(condition))
 
 
 def simplified(condition: Value) -> Value:
@@ -157,6 +188,8 @@ def simplified(condition: Value) -> Value:
         return parts.setdefault(part, sympy.Symbol(f"part{len(parts)}"))
 
     logic = sympy.simplify_logic(atom(condition), form="cnf", force=len(parts) <= MAX_PARTS)
+    if any(sympy.Not(argument) in logic.args for argument in logic.args):  # which sympy leaves alone: p | ~p
+        return sympy.true if isinstance(logic, sympy.Or) else sympy.false
     names = {symbol: part for part, symbol in parts.items()}
 
     def part(logic: Value) -> Value:
@@ -180,14 +213,15 @@ def element(inference: Inference, mask: fx.Node, indices: tuple[sympy.Expr, ...]
     return function.read(indices)
 
 
-def conditions(value: Value, mask: fx.Node) -> Reading:
+def conditions(inference: Inference, value: Value, mask: fx.Node) -> Reading:
     """A mask's element taken apart: a truth value, or a number that is added to the score."""
     if dtype_of(mask) == torch.bool:
         return Reading(value, sympy.Integer(0))
     visible: list[Value] = []
     biases: list[tuple[sympy.Expr, Value]] = []
-    for added, condition in branches(value):
-        if not hides(added):
+    for added, where in branches(value):
+        condition = decided(inference, where) if not hides(added) else sympy.false
+        if condition != sympy.false:
             visible.append(condition)
             biases.append((added, condition))
     if all(bias == biases[0][0] for bias, _ in biases):
@@ -244,6 +278,7 @@ def form_of(inference: Inference, reading: Reading, indices: tuple[sympy.Expr, .
     bias = reading.bias
     if key_mask is not None and not dtype_of(key_mask).is_floating_point:
         bias = bias.subs(sympy.Function(key_mask.name, integer=True)(b, k), 1)
+    bias = bias.subs(known_elements(others))
     condition = sympy.And(*others)
     if condition == sympy.false:
         raise NotInferred(mask, "it hides every key")
@@ -257,6 +292,17 @@ def form_of(inference: Inference, reading: Reading, indices: tuple[sympy.Expr, .
     except NoText as reason:
         raise NotInferred(mask, str(reason)) from None
     return MaskForm(causal, window, key_mask, visible, added, tuple(writer.tables))
+
+
+def known_elements(parts: Sequence[Value]) -> dict[sympy.Expr, sympy.Expr]:
+    """The elements of tables that the conditions fix: mask(b, k) is 1 where mask(b, k) - 1 == 0."""
+    found = {}
+    for part in parts:
+        for call in part.atoms(AppliedUndef) if isinstance(part, sympy.Eq) else ():
+            value = sympy.expand(call - part.lhs + part.rhs)
+            if value.is_number:
+                found[call] = value
+    return found
 
 
 def window_of(part: Value, q: sympy.Expr, k: sympy.Expr) -> int | None:

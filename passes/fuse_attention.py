@@ -57,17 +57,10 @@ WEIGHTED_SUM = op(
 )
 """The weighted sum of the values; `follow_scores` walks what is inside the softmax."""
 
-MASKED = op(
-    attention,
-    tensor("q"),
-    tensor("k"),
-    tensor("v"),
-    any_("scale"),
-    any_("causal"),
-    any_("key_mask"),
-    tensor("mask"),
-    **{name: any_(name) for name in ("window", "softcap", "visible", "bias", "tables", "sinks")},
-)
+GIVEN = {name: any_(name) for name in ("window", "softcap", "visible", "bias", "tables", "sinks")}
+OPERANDS = tensor("q"), tensor("k"), tensor("v"), any_("scale"), any_("causal"), any_("key_mask")
+MASKED = op(attention, *OPERANDS, tensor("mask"), **GIVEN)
+TABLED = op(attention, *OPERANDS, any_("mask"), **GIVEN)
 
 
 @dataclass
@@ -177,20 +170,30 @@ def to_attention(masks: Masks, match: Match, site: Site) -> fx.Node | None:
 def from_masked(masks: Masks, match: Match) -> fx.Node | None:
     """attention(..., mask)  -->  attention(..., causal=True, key_mask=...), where the mask can be read."""
     q, k = match["q"], match["k"]
-    given = MaskForm(
-        match["causal"],
-        match["window"],
-        match["key_mask"],
-        match["visible"],
-        match["bias"],
-        tuple(match["tables"] or ()),
-    )
     try:
-        form = both(given, masks.read(match["mask"], (*sizes(q)[:3], sizes(k)[2])), match["mask"])
+        form = both(given_form(match), masks.read(match["mask"], (*sizes(q)[:3], sizes(k)[2])), match["mask"])
     except NotInferred as reason:
         return match.decline(f"the mask stays an operand: {reason}")
     arguments = {name: match[name] for name in ("softcap", "sinks")}
     return call(match, (q, k, match["v"], match["scale"]), form, None, arguments)
+
+
+def from_tables(masks: Masks, match: Match) -> fx.Node | None:
+    """attention(..., bias="t0[h] * t1[b, k]", tables=[slopes, cumsum(ones)])  -->  attention(..., bias="t0[h] * k")"""
+    given, (q, k) = given_form(match), (match["q"], match["k"])
+    try:
+        form = masks.reread(given, (*sizes(q)[:3], sizes(k)[2])) if given.tables else given
+    except NotInferred:
+        return None
+    if form == given or set(form.tables) >= set(given.tables):
+        return None
+    arguments = {name: match[name] for name in ("softcap", "sinks")}
+    return call(match, (q, k, match["v"], match["scale"]), form, match["mask"], arguments)
+
+
+def given_form(match: Match) -> MaskForm:
+    tables = tuple(match["tables"] or ())
+    return MaskForm(match["causal"], match["window"], match["key_mask"], match["visible"], match["bias"], tables)
 
 
 def call(
@@ -288,4 +291,5 @@ def fuse_attention(graph: Graph) -> PassResult:
     """Replace attention by one op each; `misses` name what is left alone and masks that stay operands."""
     masks = Masks(graph)
     fuse = [Rule(name, pattern, partial(build, masks)) for name, (pattern, build) in RULES.items()]
-    return rewrite(graph, [*fuse, Rule("mask", MASKED, partial(from_masked, masks))])
+    reread = Rule("mask", MASKED, partial(from_masked, masks)), Rule("tables", TABLED, partial(from_tables, masks))
+    return rewrite(graph, [*fuse, *reread])

@@ -236,6 +236,26 @@ def test_a_second_padding_input_is_a_condition():
     assert found == {"key_mask": "a", "visible": "t0[b, k] != 0", "tables": ["b"]}
 
 
+def test_tables_that_are_known_are_written_out():
+    """What was read of a padded batch, where the attention mask has become all ones."""
+
+    def ones(a, slopes):
+        return torch.ones_like(a).cumsum(-1), torch.ones_like(a), slopes.sin()
+
+    graph = graph_of(ones, numbers(2, 5), slopes=SLOPES)
+    count, mask, slopes = graph.outputs
+    batch, length = sizes(graph.placeholder("a"))
+    shape = (batch, sympy.Integer(HEADS), length, length)
+    form = MaskForm(
+        True, 3, mask, "(t0[b, k] == t0[b, q]) & (t0[b, k] >= 1)", "t1[b, k] * t2[h]", (mask, count, slopes)
+    )
+    assert Masks(graph).reread(form, shape) == MaskForm(True, 3, bias="t0[h] * k", tables=(slopes,))
+    kept = MaskForm(key_mask=graph.placeholder("a"), visible="t0[b, k] != 0", tables=(count,))
+    assert Masks(graph).reread(kept, shape) == MaskForm(key_mask=graph.placeholder("a"))
+    unknown = MaskForm(bias="t0[h] * k", tables=(slopes,))
+    assert Masks(graph).reread(unknown, shape) == unknown
+
+
 # --- buffers ---------------------------------------------------------------------------------------------------------
 
 N = 9
