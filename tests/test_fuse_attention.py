@@ -305,13 +305,13 @@ def test_tables_of_a_mask_that_became_all_ones_are_written_out():
         bias = slopes[:, None, None] * am.cumsum(-1)[:, None, None, :]
         return sdpa(q, repeated(k), repeated(v), bias.masked_fill(~(causal(k) & padded(am)), LOWEST))
 
-    graph, inputs = traced_function(alibi)
+    graph, inputs = traced_function(alibi, G)
     fuse_attention(graph)
     mask = graph.placeholder("attention_mask")
     with graph.fx.inserting_after(graph.placeholders[-1]):
         ones = graph.fx.call_function(torch.ops.aten.ones_like.default, (mask,))
     ones.meta["val"] = mask.meta["val"]
     mask.replace_all_uses_with(ones, delete_user_cb=lambda user: user is not ones)
-    graph = check_pass(fuse_attention, graph, nn.Module(), tuple(inputs.values()), matches=1)
+    graph = check_pass(fuse_attention, graph, nn.Module(), inputs, matches=1)
     (named,) = (arguments(node) for node in graph.nodes if node.target is attention)
     assert (named["causal"], named["key_mask"], named["bias"]) == (True, None, "t0[h] * k")
