@@ -146,7 +146,7 @@ def check(program: Runnable, model: nn.Module, graph: Graph, seeds: range) -> No
 )
 def test_every_walk_through_a_text(family: str) -> None:
     model, graph = fused(family)
-    check(Interpreted(model, graph, ring=False), model, graph, range(4))
+    check(Interpreted(model, graph, ring=False), model, graph, range(2))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_rings_give_what_whole_caches_give(family: str) -> None:
     model, graph = fused(family)
     program = Interpreted(model, graph, ring=True)
     assert any(state.ring is not None for state in program.config.cache_layout)
-    check(program, model, graph, range(4))
+    check(program, model, graph, range(2))
 
 
 def test_a_streaming_cache_gives_what_its_graph_without_a_cache_gives() -> None:
@@ -171,7 +171,7 @@ def test_a_streaming_cache_gives_what_its_graph_without_a_cache_gives() -> None:
     assert "results are not those of the model" in graph.notes[-1]
     program = Interpreted(model, graph, ring=True)
     assert {state.ring for state in program.config.cache_layout} == {Ring(2, 6, SPARE)}
-    check(program, model, graph, range(4))
+    check(program, model, graph, range(2))
 
 
 @pytest.mark.parametrize(
@@ -179,16 +179,17 @@ def test_a_streaming_cache_gives_what_its_graph_without_a_cache_gives() -> None:
 )
 def test_compiled_programs(family: str) -> None:
     model, graph = fused(family)
-    check(effc.compile(model), model, graph, range(4))
+    check(effc.compile(model), model, graph, range(2))
 
 
 def test_compiled_rings() -> None:
     model, graph = fused("Mistral")
     program = effc.compile(model, ring=SPARE)
     assert not program.built("decode").summary.fallbacks
-    check(program, model, graph, range(4))
+    check(program, model, graph, range(2))
 
 
+@pytest.mark.slow
 def test_a_streaming_program_warns_and_its_two_ways_agree() -> None:
     model, _ = fused("Llama")
     with pytest.warns(UserWarning, match="first 2 tokens and the last 6 only: from token 9 on, results are not those"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from effc.compiler.errors import ModelError
@@ -61,7 +64,22 @@ COUNTS = {
 """Models that count tokens and take neither positions nor padding."""
 
 
-@pytest.mark.parametrize("name", COUNTS)
+EACH_TIME = {
+    "arange",
+    "arange, expanded",
+    "a slice of a table of rank 3",
+    "a slice of a table, looked up",
+    "rope",
+    "a running count of the mask",
+}
+
+
+def some_each_time(names: Iterable[str]) -> list[Any]:
+    """The names, those that are not in EACH_TIME marked slow."""
+    return [pytest.param(name, marks=() if name in EACH_TIME else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some_each_time(COUNTS))
 def test_counts_go_on_from_the_cache(name):
     model, graph = compiled(COUNTS[name])
     graph = drop_padding(graph)
@@ -81,7 +99,7 @@ PADDED = {
 }
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", some_each_time(PADDED))
 def test_counts_of_what_is_visible_know_the_padding(name):
     model, graph = compiled(PADDED[name])
     graphs = graphs_of(graph)

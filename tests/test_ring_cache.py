@@ -46,7 +46,7 @@ def operands(
 
 
 @pytest.mark.parametrize("kept", [0, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("s", [1, 4])
 def test_kernels_equal_the_reference(s: int, dtype: torch.dtype, kept: int) -> None:
     dynamic = {"q": (0, 2) if s > 1 else (0,), "new": (0, 2) if s > 1 else (0,), "cos": (1,) if s > 1 else ()}
