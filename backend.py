@@ -34,7 +34,7 @@ from .passes import pipeline
 from .report import GraphExplanation, dump_schedule, explain_graph
 from .runtime.store import cache_dir
 
-OPTIONS = ("skip", "dump")
+OPTIONS = ("passes", "skip", "dump")
 
 
 @dataclass
@@ -54,9 +54,9 @@ def compile_graph(
 ) -> Callable[..., tuple[Any, ...]]:
     """Compile a Dynamo graph; the entry point of the backend.
 
-    options: {"skip": names of passes to leave out, "dump": a folder}, as `torch.compile(..., options=...)` gives them;
-    EFFC_DUMP names the folder too. Raises InputError for a model in training mode and for an input that requires a
-    gradient.
+    options: {"passes": functions or names of passes to run, "skip": names of those to leave out, "dump": a folder}, as
+    `torch.compile(..., options=...)` gives them; EFFC_DUMP names the folder too. Raises InputError for a model in
+    training mode and for an input that requires a gradient.
     """
     options = dict(options or {})
     if unknown := sorted(set(options) - set(OPTIONS)):
@@ -72,7 +72,8 @@ def compile_graph(
         warnings.warn(f"effc: {name} runs in eager PyTorch: {refusal}", stacklevel=2)
         COMPILED.append(Compiled(GraphExplanation.refused(name, str(refusal)), None))
         return gm.forward
-    graph, report = pipeline.run(graph, skip=options.get("skip", ()), dump=dump and dump / "graphs")
+    passes = options.get("passes", pipeline.PASSES)
+    graph, report = pipeline.run(graph, passes, skip=options.get("skip", ()), dump=dump and dump / "graphs")
     device = device_of(graph)
     target = host_target() if device == "cpu" else None
     scheduled = schedule(graph, CPU if target else CUDA, pack=False)

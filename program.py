@@ -32,11 +32,12 @@ from .compiler.load import LoadedModel
 from .compiler.weights import Weight, evaluate
 from .runtime import decode, store
 from .runtime.kv_cache import Ring, State
-from .stages import Built, Stages, build
+from .stages import Built, Options, Stages, build
 
 if TYPE_CHECKING:
     from .codegen.cpu import CpuTarget
     from .compiler.graph import Graph
+    from .passes.pipeline import Pass
     from .report import Explanation
 
 DEFAULT_SPARE = 256
@@ -65,19 +66,9 @@ class ProgramConfig:
 class Program:
     """A causal language model, compiled. Made by `effc.compile`."""
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        *,
-        skip: Iterable[str] = (),
-        dump: Path | None = None,
-        ring: int | None = None,
-        stream: tuple[int, int] | None = None,
-    ) -> None:
-        self.model = model
-        self.skip = tuple(skip)
-        self.ring, self.stream = ring, stream
-        self.stages = Stages(model, self.skip, dump, ring is not None, stream)
+    def __init__(self, model: LoadedModel, options: Options, dump: Path | None = None) -> None:
+        self.model, self.options = model, options
+        self.stages = Stages(model, options, dump)
         self.target = host_target()
         self.cache = store.cache_dir()
         self._executables: dict[tuple[str, bool], Executable] = {}
@@ -129,22 +120,20 @@ class Program:
     def config(self) -> ProgramConfig:
         found = self._cached("config")
         if found is None:
-            found = program_config(self.model, self.stages, self.ring)
+            found = program_config(self.model, self.stages, self.options.ring)
             self._remember("config", found)
         return found
 
     @cached_property
     def key(self) -> str | None:
-        """Everything that the native code depends on, hashed; None for a model in memory, which has no identity."""
-        if self.model.identity is None:
+        """Everything that the native code depends on, hashed; None for a model or pass in memory, which has no name."""
+        if self.model.identity is None or self.options.identity is None:
             return None
         versions = tuple(version(package) for package in ("torch", "triton", "transformers"))
         parts = (
             self.model.identity,
             self.model.dtype,
-            self.skip,
-            self.ring,
-            self.stream,
+            self.options.identity,
             self.target,
             versions,
             source_digest(),
@@ -252,6 +241,7 @@ def compile(
     model: str | Path | nn.Module | LoadedModel,
     dtype: torch.dtype | None = None,
     *,
+    passes: Iterable[Pass | str] | None = None,
     skip: Iterable[str] = (),
     dump: str | Path | None = None,
     ring: int | None = None,
@@ -261,7 +251,8 @@ def compile(
 
     model: a known name ("smollm2"), a GGUF file, a Hugging Face folder, a transformers model or `nn.Module` in memory
     (its weights are read once, when a graph is first run), or what `effc.load` gave. dtype: of the weights, fp32 or
-    bf16. skip: names of passes to leave out. dump: a folder for the graphs before and after each pass.
+    bf16. passes: functions, or names of passes in `effc.passes.PASSES`, to run instead of all of these. skip: names of
+    passes to leave out. dump: a folder for the graphs before and after each pass.
 
     ring: layers with a sliding window cache that window and this many tokens more, instead of every token; that many
     may be taken back. stream: (kept, window): layers without one see, and cache, the first `kept` tokens and the last
@@ -286,7 +277,8 @@ def compile(
         warnings.warn(Seen(*stream).warning, stacklevel=2)
     if ring is not None and ring < 0:
         raise InputError(f"expected at least 0 spare slots of a ring, found {ring}")
-    return Program(model, skip=skip, dump=None if dump is None else Path(dump), ring=ring, stream=stream)
+    options = Options(None if passes is None else tuple(passes), tuple(skip), ring, stream)
+    return Program(model, options, None if dump is None else Path(dump))
 
 
 def refuse_other_devices(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .codegen.cpu import CpuTarget
     from .codegen.schedule import Scheduled
     from .compiler.graph import Graph
-    from .passes.pipeline import Report, Step
+    from .passes.pipeline import Pass, Report, Step
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,26 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is asked of the compiler, as in `effc.compile`. passes: None are those of the pipeline."""
+
+    passes: tuple[Pass | str, ...] | None = None
+    skip: tuple[str, ...] = ()
+    ring: int | None = None
+    stream: tuple[int, int] | None = None
+
+    @property
+    def identity(self) -> str | None:
+        """Options as text that says what they are; None where a pass is a function, which has no name in the cache."""
+        return None if any(callable(item) for item in self.passes or ()) else repr(self)
+
+
 class Stages:
-    """The compiler's stages for one model, each made once, on demand.
+    """The compiler's stages for one model, each made once, on demand."""
 
-    ring, stream: as in `effc.compile`.
-    """
-
-    def __init__(
-        self,
-        model: LoadedModel,
-        skip: tuple[str, ...],
-        dump: Path | None,
-        ring: bool = False,
-        stream: tuple[int, int] | None = None,
-    ) -> None:
-        self.model, self.skip, self.dump, self.ring, self.stream = model, skip, dump, ring, stream
+    def __init__(self, model: LoadedModel, options: Options, dump: Path | None) -> None:
+        self.model, self.options, self.dump = model, options, dump
         self.seconds: dict[str, float] = {}
         self.reports: dict[str, Report] = {}
         self._graphs: dict[tuple[str, bool], Graph] = {}
@@ -82,18 +87,18 @@ class Stages:
         key = (kind, padded)
         if key not in self._graphs:
             if kind != "forward":
-                base, passes = self.graph("forward", padded), pipeline.cached(kind, self.ring)
+                base, passes = self.graph("forward", padded), pipeline.cached(kind, self.options.ring is not None)
             elif not padded:
                 base, passes = self.graph("forward", True), pipeline.UNPADDED
             else:
-                base, passes = self.traced, pipeline.PASSES
+                base, passes = self.traced, self.options.passes or pipeline.PASSES
             start = time.perf_counter()
             name = f"{kind}-padded" if padded else kind
             folder = None if self.dump is None else self.dump / name
-            skip = self.skip if base is self.traced else ()
+            skip = self.options.skip if base is self.traced else ()
             self._graphs[key], self.reports[name] = pipeline.run(base, passes, skip=skip, dump=folder)
-            if self.stream is not None and base is self.traced:
-                stream_attention(self._graphs[key], Seen(*self.stream))
+            if self.options.stream is not None and base is self.traced:
+                stream_attention(self._graphs[key], Seen(*self.options.stream))
             self.seconds[f"passes {name}"] = time.perf_counter() - start
         return self._graphs[key]
 

@@ -180,6 +180,7 @@ def attention(
     "kv_write(Tensor(a!) cache, Tensor new, Tensor past, int? ring=None) -> Tensor(a!)",
     shape=lambda cache, new, past, ring=None: cache,
     cost=lambda node: Cost(sympy.Integer(0), 2 * nbytes(node.args[1])),
+    dialects=("stateful",),
 )
 def kv_write(cache: Tensor, new: Tensor, past: Tensor, ring: int | None = None) -> Tensor:
     """Write the keys or values of S new tokens behind those already cached; returns the cache.
@@ -218,6 +219,7 @@ def cached_attention_cost(node: fx.Node) -> Cost:
     f"int? ring=None, {SCORES}) -> Tensor",
     shape=attention_shape,
     cost=cached_attention_cost,
+    dialects=("stateful",),
 )
 def cached_attention(
     q: Tensor,
@@ -261,7 +263,3 @@ def cached_attention(
     if ring is not None:
         allowed = all_of(allowed, k_position >= 0)
     return attend(q, k_cache, v_cache, scale, allowed=allowed, bias=added, softcap=softcap, sinks=sinks)
-
-
-STATE_OPS = frozenset({"kv_write", "cached_attention"})
-"""Ops that read or write the cache, which only the stateful dialect has."""

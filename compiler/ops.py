@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from . import moe_ops  # noqa: F401  (its rows of the table)
-from .attention_ops import STATE_OPS
+from . import attention_ops, moe_ops  # noqa: F401  (their rows of the table)
 from .graph import sizes
-from .vocabulary import OPS, Cost, Op, define, like, numel, op_of, streamed
+from .vocabulary import LEGAL, OPS, Cost, Op, define, like, numel, op_of, streamed
 
-__all__ = ["ACTIVATIONS", "LEGAL", "OPS", "STATE_OPS", "Cost", "Op", "op_of"]
+__all__ = ["ACTIVATIONS", "LEGAL", "OPS", "Cost", "Op", "op_of"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -129,13 +128,3 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activati
     """
     gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
-
-
-# --- what each dialect may say -----------------------------------------------------------------------------------
-
-LEGAL: dict[str, frozenset[str]] = {
-    "traced": frozenset(),
-    "fused": frozenset(OPS) - STATE_OPS,
-    "stateful": frozenset(OPS),
-}
-"""Names of effc ops that a dialect may hold beside functional ATen."""

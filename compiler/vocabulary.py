@@ -41,8 +41,21 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def define(schema: str, *, shape: Callable[..., Tensor], cost: Callable[[fx.Node], Cost]) -> Callable:
-    """Register a reference implementation as `torch.ops.effc.<name>` and add its row to `OPS`."""
+LEGAL: dict[str, set[str]] = {"traced": set(), "fused": set(), "stateful": set()}
+"""Names of effc ops that a dialect may hold beside functional ATen."""
+
+
+def define(
+    schema: str,
+    *,
+    shape: Callable[..., Tensor],
+    cost: Callable[[fx.Node], Cost],
+    dialects: tuple[str, ...] = ("fused", "stateful"),
+) -> Callable:
+    """Register a reference implementation as `torch.ops.effc.<name>`, and add its row to `OPS` and `LEGAL`.
+
+    shape: of the result, from fake tensors. cost: of a node that calls the op. dialects: those that may hold it.
+    """
 
     def register(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name = schema.split("(", 1)[0]
@@ -50,6 +63,8 @@ def define(schema: str, *, shape: Callable[..., Tensor], cost: Callable[[fx.Node
         LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"effc::{name}", shape, lib=LIBRARY)
         OPS[name] = Op(name, schema, reference, shape, cost, mutates="(a!)" in schema)
+        for dialect in dialects:
+            LEGAL[dialect].add(name)
         return reference
 
     return register

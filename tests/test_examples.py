@@ -26,6 +26,14 @@ def test_add_a_pass():
     assert "the same logits: True" in printed
 
 
+def test_add_an_op():
+    printed = run("add_an_op.py")
+    assert "fuse_l2_normalize 1" in printed
+    assert re.search(r"1 x l2_normalize_\w+ +l2_normalize$", printed, flags=re.M)
+    assert "through ATen" not in printed
+    assert float(printed.splitlines()[-1].rsplit(" ", 1)[1]) < 1e-6
+
+
 def test_compile_backend():
     printed = run("compile_backend.py")
     error = float(printed.splitlines()[0].rsplit(" ", 1)[1])
@@ -54,5 +62,5 @@ def test_generate(smollm2_path):
 
 
 def test_every_example_is_tried():
-    tried = {"add_a_pass.py", "compile_backend.py", "generate.py", "one_kernel_through_the_cpu_target.py"}
-    assert {path.name for path in EXAMPLES.glob("*.py")} == tried, "add a test for the new example"
+    tried = ("add_a_pass", "add_an_op", "compile_backend", "generate", "one_kernel_through_the_cpu_target")
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(tried), "add a test for the new example"
