@@ -4,6 +4,8 @@
     0.5 * x * (1 + erf(x / sqrt(2)))                          -->  gelu(x)
     0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x**3)))  -->  gelu(x, approximate="tanh")
 
+whether the x inside of tanh is factored out, as in x * (1 + 0.044715 * x * x), or not.
+
 Only in fp32 and fp64: in lower precision the written form rounds after every step and the named one does not.
 """
 
@@ -22,7 +24,9 @@ aten = torch.ops.aten
 
 X = tensor("x")
 CUBE = op(aten.mul.Tensor, op(aten.pow.Tensor_Scalar, X, 3), const("cubic"))
-TANH = op(aten.tanh.default, op(aten.mul.Tensor, op(aten.add.Tensor, X, CUBE), const("factor")))
+SQUARE = op(aten.mul.Tensor, X, op(aten.mul.Tensor, X, const("cubic")))
+FACTORED = op(aten.mul.Tensor, op(aten.mul.Tensor, X, const("factor")), op(aten.add.Tensor, SQUARE, 1))
+TANH = op(aten.tanh.default, op(aten.mul.Tensor, op(aten.add.Tensor, X, CUBE), const("factor")) | FACTORED)
 ERF = op(aten.erf.default, op(aten.mul.Tensor, X, const("factor")) | op(aten.div.Tensor, X, const("divisor")))
 SILU = op(aten.mul.Tensor, X, op(aten.sigmoid.default, X))
 

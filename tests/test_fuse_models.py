@@ -48,6 +48,10 @@ EXPECTED = {
     "GPTNeoX": PLAIN | {effc.rope.default: 2 * LAYERS},
     "Phi": PLAIN | {effc.rope.default: 2 * LAYERS, aten.tanh.default: 0},
     "GPT2": PLAIN | {aten.tanh.default: 0},
+    "Bloom": PLAIN | {aten.layer_norm.default: 2 * LAYERS + 2, aten.tanh.default: 0},
+    "Falcon": PLAIN | {effc.rope.default: 2 * LAYERS, aten.index.Tensor: 1},  # of the padding
+    "Cohere": LINEARS | {aten.layer_norm.default: LAYERS + 1, effc.rope.default: 2 * LAYERS, aten.mean.dim: 0},
+    "Granite": GATED | LINEARS,
     "OPT": PLAIN | {aten.relu.default: 0},
 }
 QUICK = ("Llama", "Qwen2", "GPT2")
