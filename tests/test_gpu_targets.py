@@ -110,6 +110,8 @@ def scores(heads: int, groups: int, size: int, dtype: torch.dtype) -> list[Kerne
             effc.cached_attention(q, k, v, p, 0.2, **capped),
             effc.cached_attention(q[:, :, :1], k, v, p, 0.2, **biased),
             effc.cached_attention(q[:, :, :1], k, v, p, 0.2, **capped),
+            effc.cached_attention(q, k, v, p, 0.2, ring=2, visible="(k < 2) | (q - k < 3)"),
+            effc.cached_attention(q[:, :, :1], k, v, p, 0.2, ring=0, window=6),
         )
 
     return kernels(
@@ -127,7 +129,8 @@ def scores(heads: int, groups: int, size: int, dtype: torch.dtype) -> list[Kerne
 
 def ropes(size: int, rotated: int, dtype: torch.dtype) -> list[Kernel]:
     def function(x: Tensor, c: Tensor, s: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, ...]:
-        return effc.rope(x * 2, c, s), effc.kv_write(k, effc.rope(x, c, s, True), p)
+        k = effc.kv_write(effc.kv_write(k, effc.rope(x, c, s, True), p), effc.rope(x, c, s), p, ring=2)
+        return effc.rope(x * 2, c, s), effc.kv_write(k, x * 2, p, ring=2)
 
     tables = random(2, 5, rotated, dtype=dtype)
     tensors = {"x": random(2, 3, 5, size, dtype=dtype), "c": tables, "s": tables.clone()}
