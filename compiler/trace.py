@@ -287,7 +287,8 @@ def _to_graph(
             nodes.erase_node(node)
             continue
         target = str(spec.target).removeprefix("model.")
-        recipe = _recipe(program, node, spec.target, names.get(target, target), source)
+        is_parameter = spec.kind is InputKind.PARAMETER
+        recipe = _recipe(program, node, spec.target, names.get(target, target), source, is_parameter)
         rename_placeholder(node, names.get(target, target).replace(".", "_"))
         weights[node.name] = recipe
     for node in nodes.nodes:
@@ -312,15 +313,20 @@ def rename_placeholder(placeholder: fx.Node, name: str) -> None:
     placeholder.target = placeholder.name
 
 
-def _recipe(program: ExportedProgram, node: fx.Node, target: str, name: str, source: TensorSource | None) -> Weight:
-    """The recipe of a lifted parameter, buffer or constant of the traced module."""
+def _recipe(
+    program: ExportedProgram, node: fx.Node, target: str, name: str, source: TensorSource | None, is_parameter: bool
+) -> Weight:
+    """The recipe of a lifted parameter, buffer or constant of the traced module; all but parameters by their values."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     fake = node.meta["val"]
     tensor = program.state_dict.get(target)
     if tensor is None:
         tensor = program.constants[target]
-    if isinstance(tensor, nn.Parameter) or (source is not None and name in source.names):
+    held = source is not None and name in source.names
+    if held and not is_parameter:
+        return Constant.of(source.read(name).to(fake.dtype))
+    if isinstance(tensor, nn.Parameter) or held:
         if source is None:
             return Read(name, tuple(fake.shape), fake.dtype)
         recipe = Read(name, source.shape(name), source.dtype(name))
