@@ -29,12 +29,13 @@ from .compiler.dynamo import trace_dynamo
 from .compiler.errors import InputError, ModelError
 from .compiler.files import write_atomically
 from .compiler.graph import Graph, is_tensor, size_expr
+from .compiler.options import check_rounding
 from .compiler.weights import Concat, Read, Weight, evaluate
 from .passes import pipeline
 from .report import GraphExplanation, dump_schedule, explain_graph
 from .runtime.store import cache_dir
 
-OPTIONS = ("passes", "skip", "dump")
+OPTIONS = ("passes", "skip", "dump", "rounding")
 
 
 @dataclass
@@ -54,13 +55,15 @@ def compile_graph(
 ) -> Callable[..., tuple[Any, ...]]:
     """Compile a Dynamo graph; the entry point of the backend.
 
-    options: {"passes": functions or names of passes to run, "skip": names of those to leave out, "dump": a folder}, as
-    `torch.compile(..., options=...)` gives them; EFFC_DUMP names the folder too. Raises InputError for a model in
-    training mode and for an input that requires a gradient.
+    options: {"passes": functions or names of passes to run, "skip": names of those to leave out, "dump": a folder,
+    "rounding": "eager" or "fp32"}, as `torch.compile(..., options=...)` gives them (rounding as in `effc.compile`);
+    EFFC_DUMP names the folder too. Raises InputError for a model in training mode and for an input that requires a
+    gradient.
     """
     options = dict(options or {})
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise InputError(f"unknown option {unknown[0]!r} of backend effc; it takes {', '.join(OPTIONS)}")
+    rounding = check_rounding(options.get("rounding", "eager"))
     refuse_training(example_inputs)
     folder = options.get("dump") or os.environ.get("EFFC_DUMP")
     dump = Path(folder) / f"graph{len(COMPILED)}" if folder else None
@@ -76,7 +79,7 @@ def compile_graph(
     graph, report = pipeline.run(graph, passes, skip=options.get("skip", ()), dump=dump and dump / "graphs")
     device = device_of(graph)
     target = host_target() if device == "cpu" else None
-    scheduled = schedule(graph, CPU if target else CUDA, pack=False)
+    scheduled = schedule(graph, CPU if target else CUDA, pack=False, rounding=rounding)
     names = scheduled.scope.names
     manifest, fallbacks = manifest_of(scheduled.schedule, names), fallback_calls(scheduled)
     executable: Executable

@@ -29,6 +29,7 @@ from .codegen.executable import Executable, NativeExecutable
 from .compiler.errors import InputError, ModelError
 from .compiler.files import read_sealed, sealed, unsealed, write_atomically
 from .compiler.load import LoadedModel
+from .compiler.options import check_rounding
 from .compiler.weights import Weight, evaluate
 from .runtime import decode, store
 from .runtime.kv_cache import Ring, State
@@ -246,6 +247,7 @@ def compile(
     dump: str | Path | None = None,
     ring: int | None = None,
     stream: tuple[int, int] | None = None,
+    rounding: str = "eager",
 ) -> Program:
     """Compile a causal language model for inference.
 
@@ -258,8 +260,12 @@ def compile(
     may be taken back. stream: (kept, window): layers without one see, and cache, the first `kept` tokens and the last
     `window`; results are no longer those of the model (a warning says from where on).
 
+    rounding: of bf16 within a kernel: "eager", where eager PyTorch rounds, or "fp32", nowhere but where values are
+    stored, which is nearer to the exact result and not eager's.
+
     Raises ModelError for a model that cannot be found, read or compiled.
     """
+    check_rounding(rounding)
     if not isinstance(model, str | Path | nn.Module | LoadedModel):
         raise InputError(f"expected the name or path of a model, or a model, found {type(model).__name__}")
     if isinstance(skip, str):
@@ -277,7 +283,7 @@ def compile(
         warnings.warn(Seen(*stream).warning, stacklevel=2)
     if ring is not None and ring < 0:
         raise InputError(f"expected at least 0 spare slots of a ring, found {ring}")
-    options = Options(None if passes is None else tuple(passes), tuple(skip), ring, stream)
+    options = Options(None if passes is None else tuple(passes), tuple(skip), ring, stream, rounding)
     return Program(model, options, None if dump is None else Path(dump))
 
 

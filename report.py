@@ -217,6 +217,7 @@ def describe_schedule(scheduled: Scheduled) -> str:
     """The launches of a graph in order, then its memory plan."""
     from .codegen.kernel import Choice, Fallback
     from .codegen.memory import plan_memory
+    from .codegen.rounding import rounding_points
 
     schedule = scheduled.schedule
     lines = [f"graph {schedule.name}", "", "step  what"]
@@ -230,6 +231,9 @@ def describe_schedule(scheduled: Scheduled) -> str:
             what = "one of " + "; ".join(cases) + f"  ({', '.join(step.launches[0].nodes)})"
         else:
             what = f"{step.kernel.symbol} on {tuple(step.grid)}  ({', '.join(step.nodes)})"
+        points = sum(rounding_points(launch.kernel) for launch in step.launches[:1])
+        if points:
+            what += f", rounds at {points} points within"
         lines.append(f"{position:4}  {what}")
     plan = plan_memory(schedule)
     lines += ["", f"memory plan: {len(plan.slots)} slots, {plan.arena_bytes} bytes instead of {plan.unplanned_bytes}"]

@@ -53,6 +53,7 @@ class Options:
     skip: tuple[str, ...] = ()
     ring: int | None = None
     stream: tuple[int, int] | None = None
+    rounding: str = "eager"
 
     @property
     def identity(self) -> str | None:
@@ -117,7 +118,7 @@ class Stages:
         key = (kind, padded)
         if key not in self._scheduled:
             start = time.perf_counter()
-            self._scheduled[key] = schedule(self.graph(kind, padded), CPU)
+            self._scheduled[key] = schedule(self.graph(kind, padded), CPU, rounding=self.options.rounding)
             self.seconds[f"schedule {kind}"] = time.perf_counter() - start
         return self._scheduled[key]
 

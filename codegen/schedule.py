@@ -30,6 +30,7 @@ from .grouping import group_units
 from .horizontal import merge_launches
 from .kernel import ZERO, Buffer, Fallback, Layout, Schedule, contiguous_strides
 from .pointwise import NoKernel, Store
+from .rounding import in_fp32
 from .scope import Scope
 from .table import TEMPLATES, WRITES
 from .target import Target
@@ -49,14 +50,20 @@ class Scheduled:
     decisions: tuple[Decision, ...] = ()
 
 
-def schedule(graph: Graph, target: Target, pack: bool = True) -> Scheduled:
-    """Lower a fused or stateful graph to launches. With `pack`, weights may be laid out for their kernels."""
+def schedule(graph: Graph, target: Target, pack: bool = True, rounding: str = "eager") -> Scheduled:
+    """Lower a fused or stateful graph to launches. With `pack`, weights may be laid out for their kernels.
+
+    rounding: of 16-bit values within a kernel: where eager rounds, or "fp32" (see `rounding.py`).
+    """
     graph = decompose(graph)
     realized: set[fx.Node] = set()
     refused: dict[fx.Node, str] = {}
     while True:
         try:
-            return attempt(graph, target, pack, realized, refused)
+            scheduled = attempt(graph, target, pack, realized, refused)
+            if rounding == "fp32":
+                scheduled.schedule.steps = list(map(in_fp32, scheduled.schedule.steps))
+            return scheduled
         except Refusals as refusals:
             for refusal in refusals.found:
                 if refusal.inlined and refusal.node not in realized:

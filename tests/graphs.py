@@ -86,12 +86,13 @@ class Compiled:
         states: tuple[str, ...] = (),
         target: Target = CPU,
         pack: bool = True,
+        rounding: str = "eager",
     ) -> None:
         self.function, self.examples, self.states = function, tuple(examples), states
         self.last: list[Tensor] = []
         self.eager_errors: dict[int, float] = {}
         self.graph = graph_of(function, examples, dynamic, weights, states)
-        self.scheduled = schedule(self.graph, target, pack)
+        self.scheduled = schedule(self.graph, target, pack, rounding)
         self.executable: Executable = native(self.scheduled)
         source = ModuleSource(nn.Module())
         self.weights = {name: evaluate(recipe, source).contiguous() for name, recipe in self.scheduled.recipes.items()}
