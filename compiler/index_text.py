@@ -140,7 +140,7 @@ class Writer:
     def call(self, value: AppliedUndef) -> str:
         if value.func in ROUNDINGS.values():
             return f"{value.name}({self.write(value.args[0])})"
-        if value.name not in self.leaves:
+        if value.name not in self.leaves or not value.args:
             raise NoText(f"{value} has no table")
         table = self.leaves[value.name]
         if table not in self.tables:

@@ -234,9 +234,15 @@ def add_weight(graph: Graph, name: str, recipe: Weight) -> fx.Node:
         node = graph.fx.placeholder(name)
     node.target = node.name
     with fake_mode(graph):
-        node.meta["val"] = torch.empty(recipe.shape, dtype=recipe.dtype, device=last.meta["val"].device)
+        node.meta["val"] = torch.empty(recipe.shape, dtype=recipe.dtype, device=device_of(graph))
     graph.weights[node.name] = recipe
     return node
+
+
+def device_of(graph: Graph) -> torch.device:
+    """The device of the graph's tensors."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next(value.device for value in values if isinstance(value, Tensor))
 
 
 def erase_unused(graph: Graph, *nodes: fx.Node) -> int:

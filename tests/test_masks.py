@@ -181,6 +181,26 @@ def test_positions_given_as_an_input_are_a_table():
     assert found == {"visible": "k <= t0[q]", "tables": ["b"]}
 
 
+def test_a_position_in_a_tensor_of_no_dimension_stays_an_operand():
+    scores = (2, HEADS, 1, ("a", 1))
+    found = read(lambda a, b: torch.arange(a.shape[1])[None] <= b, numbers(2, 7), torch.tensor(3), scores=scores)
+    assert "b() has no table" in found
+
+
+def test_slopes_beside_inputs_that_are_sizes():
+    """Under torch.compile the last input may be a size, which has no device."""
+
+    def computed(a):
+        return alibi(a, torch.pow(torch.full((), 0.5), torch.arange(1, 1 + HEADS)))
+
+    graph = graph_of(computed, numbers(2, 5))
+    mask, size = graph.outputs[0], next(node for node in graph.nodes if str(node.target) == "aten.sym_size.int")
+    with graph.fx.inserting_after(graph.placeholders[-1]):
+        graph.fx.placeholder("s").meta["val"] = size.meta["val"]
+    batch, length = sizes(graph.placeholder("a"))
+    assert Masks(graph).read(mask, (batch, sympy.Integer(HEADS), length, length)).bias == "t0[h] * k"
+
+
 # --- biases ----------------------------------------------------------------------------------------------------------
 
 
