@@ -84,7 +84,6 @@ SIMPLE: dict[Any, str] = {
     aten.relu.default: "tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)",
     aten.exp2.default: "tl.exp2({0})",
     aten.log2.default: "tl.log2({0})",
-    aten.isnan.default: "{0} != {0}",
     aten.fmax.default: "tl.maximum({0}, {1})",
     aten.fmin.default: "tl.minimum({0}, {1})",
     aten.clamp_min.Tensor: "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
@@ -180,6 +179,12 @@ def rounding(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     return (
         kernel.let(node, f"{ROUNDING[node.target]}({x})") if dtype_of(node).is_floating_point else kernel.let(node, x)
     )
+
+
+@emits(aten.isnan.default)
+def isnan(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    x = operand(kernel, node.args[0], index, dtype_of(node.args[0]))
+    return kernel.let(node, f"{x} != {x}")
 
 
 @emits(aten.sign.default)

@@ -43,7 +43,7 @@ LAYER_NORM = op(rms_norm, CENTERED, any_("weight"), any_("eps"), any_("scale_in_
 def unfit(match: Match) -> str | None:
     """Why the inner part of a match is not the norm of `ops.rms_norm`; None if it is."""
     rank = match.value("x").ndim
-    if [dim % rank for dim in match["dims"]] != [rank - 1]:
+    if [dim % max(rank, 1) for dim in match["dims"]] != [rank - 1]:
         return f"the mean is over dimensions {list(match['dims'])} of {rank}, not over the last"
     if match.value("wide").dtype not in (torch.float32, torch.float64):
         return f"it is computed in {match.value('wide').dtype}, not in fp32"

@@ -143,11 +143,11 @@ def runs(case: Case) -> bool:
         return False
 
 
-def sample(family: str, dtype: torch.dtype, limit: int) -> list[Case]:
-    """Up to `limit` calls of every op of a family that takes the dtype."""
+def sample(family: str, dtype: torch.dtype, limit: int, every: int = 1) -> list[Case]:
+    """Up to `limit` calls of every op of a family that takes the dtype, or of every second, third, ... op."""
     names = set(FAMILIES[family].split())
     ops = [op for op in op_db if op.name in names and dtype in op.supported_dtypes("cpu")]
-    return [case for op in ops for case in cases_of(op, dtype, limit)]
+    return [case for op in ops[::every] for case in cases_of(op, dtype, limit)]
 
 
 # --- running a batch ---------------------------------------------------------------------------------------------

@@ -30,13 +30,13 @@ QUICK = {("elementwise", torch.float32), ("reductions", torch.bfloat16), ("index
 )
 def test_calls_agree_with_eager(family: str, dtype: torch.dtype) -> None:
     quick = (family, dtype) in QUICK
-    outcome = check_all(sample(family, dtype, 1 if quick else 4), batch=48)
+    outcome = check_all(sample(family, dtype, 1, every=4) if quick else sample(family, dtype, 4), batch=48)
     assert outcome.cases
     assert not outcome.failures, "\n".join(f"{name}: {why}" for name, why in outcome.failures.items())
     assert not outcome.refused, outcome.refused
 
 
 def test_a_wrong_result_is_told() -> None:
-    (case,) = (case for case in sample("elementwise", torch.float32, 1) if case.name.startswith("abs["))
+    case = sample("elementwise", torch.float32, 1, every=1000)[0]
     with pytest.raises(AssertionError, match="elements are off"):
         compare(case, [result + 0.1 for result in case.call(case.tensors)])

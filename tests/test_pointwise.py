@@ -157,6 +157,11 @@ def test_integers_and_booleans_are_reduced() -> None:
         check(function, i=torch.arange(-10, 11, dtype=dtype).reshape(3, 7))
 
 
+def test_what_is_no_number_is_told() -> None:
+    x = torch.tensor([[1.0, float("nan"), 2.0], [float("nan"), float("inf"), -0.0]])
+    check(lambda x: (x.isnan(), torch.where(x.isnan(), 0.0, x), x.nansum(-1), x.nan_to_num()), x=x)
+
+
 def test_flips_and_pads() -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return x.flip(0, 2), F.pad(x, (1, 2)), F.pad(x, (-1, 2, 3, 0), value=0.5), x.flip(-1).sum(-1)
