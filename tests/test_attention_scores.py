@@ -89,8 +89,15 @@ def test_scores_over_a_cache(name: str, s: int) -> None:
         compiled.check(**operands(len(past), s, t, past))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["softcap, window", "bias, documents, sinks"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("bias, documents, sinks", torch.bfloat16),
+        pytest.param("bias, documents, sinks", torch.float16, marks=pytest.mark.slow),
+        pytest.param("softcap, window", torch.bfloat16, marks=pytest.mark.slow),
+        ("softcap, window", torch.float16),
+    ],
+)
 def test_scores_in_half_precision(name: str, dtype: torch.dtype) -> None:
     compiled = Compiled(attended(**OPTIONS[name]), operands(2, 5, 5, dtype=dtype), DYNAMIC)
     compiled.check(**operands(2, 90, 90, dtype=dtype))

@@ -5,6 +5,7 @@ import torch
 from effc.compiler.errors import InputError, ModelError
 from effc.compiler.graph import sizes
 from effc.compiler.interpret import run
+from effc.compiler.load import load
 from effc.compiler.sources import ModuleSource
 from effc.compiler.trace import trace
 from effc.compiler.verify import verify
@@ -159,3 +160,11 @@ def test_a_branch_that_every_length_takes_alike_bounds_nothing():
 def test_a_branch_that_no_length_decides_is_refused(condition, reason):
     with pytest.raises(ModelError, match=rf"a branch on values at test_trace\.py:\d+.*: {reason}"):
         trace(Branching(condition).eval())
+
+
+def test_buffers_of_a_loaded_model_are_constants():
+    """A mask in a buffer is read as what it says, wherever the model comes from."""
+    graph = trace(load(tiny_model("GPTNeo")))
+    masks = [weight for name, weight in graph.weights.items() if name.endswith("attn_attention_bias")]
+    assert len(masks) == 2
+    assert all(isinstance(weight, Constant) for weight in masks)
