@@ -47,9 +47,7 @@ FORMS = frozenset(
         aten.bmm.default,
         aten.baddbmm.default,
         aten.scaled_dot_product_attention.default,
-        aten.softmax.int,
         aten.rsqrt.default,
-        aten.topk.default,
     }
 )
 """What the passes fuse: where such a call is left, a pass found no match for it."""
