@@ -48,7 +48,9 @@ SLOW = [(norm, torch.float16), (gated, torch.float16), *((with_residual, dtype) 
 
 
 @pytest.mark.parametrize(
-    ("function", "dtype"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=str
+    ("function", "dtype"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_fp32_inside_is_nearer_to_the_truth_than_eager(function, dtype):
     given = tensors(function, dtype)
