@@ -97,7 +97,7 @@ while [ "$1" != -o ]; do shift; done
 
 FAULTS = {
     "exit 1": "refused generated code: exit status 1",
-    "echo 'kernels.cpp:1:1: internal compiler error: no' >&2; exit 1": "internal compiler error: no",
+    "echo 'kernels.cpp:1:1: fatal error: no' >&2; exit 1": "fatal error: no",
     "kill -9 $$": "was killed by signal 9: is there enough memory? try again",
     "exit 0": "succeeded and wrote no library: set EFFC_CXX",
     "echo junk > $2": "cannot load what the C++ compiler made",

@@ -23,9 +23,6 @@ from .tolerance import assert_close_to_reference
 
 GOLDEN = Path(__file__).with_name("families.json")
 QUICK = ("Llama", "Gemma2")
-NO_CACHE_YET = frozenset({"OpenAIGPT", "Baichuan-13B", "GPTNeo"})
-"""Families with attention whose KV cache is refused still: they run without one."""
-
 GENERATE = ("Llama", "GPT2", "Mistral", "Gemma2", "GPTNeoX", "Falcon", "Phi3", "Qwen2")
 """Families whose `generate` is run through torch.compile too."""
 
@@ -65,9 +62,7 @@ def test_every_family_with_attention_decodes_in_kernels_and_the_others_are_refus
     table = json.loads(GOLDEN.read_text())
     assert list(table) == list(FAMILIES)
     for family, row in table.items():
-        if family in NO_CACHE_YET:
-            assert "no KV cache can be made" in row["refusal"], family
-        elif family in ATTENTION:
+        if family in ATTENTION:
             assert row["refusal"] is None, family
             assert row["through_aten"]["decode"] == [], family
             assert not row["left"], family
@@ -107,8 +102,6 @@ def test_a_compiled_family_equals_eager(family: str) -> None:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions(ids)}
         results = (program(ids), eager_logits(model, inputs), eager_logits(exact, inputs))
         eager_error = assert_close_to_reference(*results, label=f"{batch} x {length}", eager_error=eager_error)
-    if family in NO_CACHE_YET:
-        return
     ids = example_inputs(2, PROMPT, seed=5)["input_ids"]
     assert program.generate(ids, max_new_tokens=NEW, ignore_eos=True).tolist() == greedy(model, ids, NEW).tolist()
 

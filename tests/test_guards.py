@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from .pass_checks import example, graph_of
 from .pattern_samples import Mismatch, mutants, rebuild, sample
 
+TRIALS = 3000
+"""How often a sample is drawn before a rule counts as one that nothing matches."""
+
 SHARE = 25
 """How many mutants of a graph `make test` looks at; the slow tests look at all."""
 
@@ -71,9 +74,17 @@ def written_attention() -> Graph:
     return rebuild(graph.fx, leaves, [])
 
 
+def equal_rows(label: str, graph: Graph) -> bool:
+    """Whether a mutant's x has rows of equal numbers, of which a norm makes nothing but their rounding."""
+    ranks = [node.meta["val"].ndim for node in graph.placeholders if node.name == "x"]
+    return any(label == f"x expanded along {rank - 1}" for rank in ranks)
+
+
 def hold(rule: Rule, graph: Graph, share: int | None, seed: int) -> int:
     """Apply the rule to mutants of a graph that it matches; how many it matched. Raises where one computes another."""
     chosen = list(mutants(graph))
+    if rule in fuse_norm.RULES:
+        chosen = [(label, make) for label, make in chosen if not equal_rows(label, graph)]
     if share is not None and len(chosen) > share:
         chosen = random.Random(seed).sample(chosen, share)
     matched = 0
@@ -98,7 +109,7 @@ def hold(rule: Rule, graph: Graph, share: int | None, seed: int) -> int:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_mutant_is_left_alone_or_computes_the_same(name):
-    graph = sample(RULES[name], seed=1)
+    graph = sample(RULES[name], seed=1, trials=TRIALS)
     assert graph is not None, f"no graph that {name} matches was sampled from its pattern"
     assert hold(RULES[name], graph, SHARE, seed=1) > 0
 
@@ -107,7 +118,7 @@ def test_a_mutant_is_left_alone_or_computes_the_same(name):
 @pytest.mark.parametrize("seed", [2, 3, 4])
 @pytest.mark.parametrize("name", RULES)
 def test_all_mutants_of_more_samples(name, seed):
-    graph = sample(RULES[name], seed, trials=3000)
+    graph = sample(RULES[name], seed, TRIALS)
     assert graph is not None
     hold(RULES[name], graph, None, seed)
 
