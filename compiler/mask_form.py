@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 HIDDEN = -1e4
-"""An additive mask hides a key where it adds this or less (the first GPT's choice; others take the lowest number)."""
+"""A key is hidden where its score is replaced by this or less, or this is added: exp(-1e4) is 0 in fp32 (GPT-1's)."""
 
 
 @dataclass(frozen=True)

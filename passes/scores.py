@@ -20,14 +20,12 @@ from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, sizes
 from ..compiler.index_algebra import Inference, NotInferred
+from ..compiler.mask_form import HIDDEN
 from ..compiler.pattern import CASTS, arguments
 from ..compiler.rewrite import Match
 from ..compiler.weights import Constant
 
 aten = torch.ops.aten
-
-REPLACED = -1e4
-"""A score replaced by this or less weighs nothing beside one that is not: exp(-1e4) is 0 in fp32, as GPT-1 has it."""
 
 
 class Unsupported(Exception):
@@ -114,7 +112,7 @@ def not_below(match: Match, node: fx.Node) -> Scores:
     first, second = node.args
     source, bound = (first, second) if number(match.graph, first) is None else (second, first)
     value = number(match.graph, bound)
-    if value is None or value > REPLACED:
+    if value is None or value > HIDDEN:
         raise Unsupported(f"{node.name} raises scores to {bound}, which does not hide them")
     return follow_scores(match, source)
 
@@ -137,7 +135,7 @@ def replaced(match: Match, node: fx.Node) -> Scores:
         condition = given[0]
         hidden, kept = given[1:] if hidden_is_true else reversed(given[1:])
     value = number(match.graph, hidden)
-    if value is None or value > REPLACED:
+    if value is None or value > HIDDEN:
         raise Unsupported(f"{node.name} replaces scores by {hidden}, which does not hide them")
     scores = follow_scores(match, kept)
     if hidden_is_true:
@@ -173,7 +171,7 @@ def multiplied(match: Match, node: fx.Node) -> Scores | None:
         complement = arguments(rest.args[0])
         for source, m in (kept.args, reversed(kept.args)):
             ones = complement.get("self") is m and complement.get("other") == 1 and complement.get("alpha") == 1
-            if rest.args[0].target != aten.rsub.Scalar or not ones or lowest is None or lowest > REPLACED:
+            if rest.args[0].target != aten.rsub.Scalar or not ones or lowest is None or lowest > HIDDEN:
                 continue
             if is_zero_or_one(match.graph, m):
                 shown = m.args[0] if is_number_of_bool(m) else match.call(aten._to_copy.default, m, dtype=torch.bool)
