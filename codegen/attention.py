@@ -18,9 +18,9 @@ from torch.utils._sympy.functions import FloorDiv
 from ..compiler.graph import dtype_of, sizes
 from ..compiler.pattern import arguments as arguments_of
 from .attention_kernels import COMBINE, SPLIT, TILED
+from .domain import NoKernel
 from .index_code import IndexCode
 from .kernel import TL_TYPES, Launch, Layout, contiguous_strides
-from .pointwise import NoKernel
 from .scope import Scope
 from .target import Target
 from .template import Arguments, power_of_two

@@ -7,7 +7,8 @@ import torch
 from torch import fx
 
 from ..compiler.graph import dtype_of, is_tensor, sizes
-from .pointwise import NoKernel, RowKernel, Value
+from .domain import NoKernel
+from .pointwise import RowKernel, Value
 from .pointwise_ops import emits, operand
 from .views import Index, broadcast_index
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..compiler.graph import writes
+from .domain import Domain, Misaligned, NoKernel
 from .fusion_cost import Decision, Work, weigh
-from .pointwise import Domain, Misaligned, NoKernel
 from .probe import work_of
 from .scope import Scope
 from .target import Target

@@ -17,8 +17,8 @@ import sympy
 import torch
 
 from ..compiler.index_expressions import parse, table_number
+from .domain import NoKernel
 from .kernel import Layout
-from .pointwise import NoKernel
 from .template import Arguments
 
 OPERATORS = {

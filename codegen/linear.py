@@ -17,8 +17,8 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv
 
 from ..compiler.graph import dtype_of, sizes
+from .domain import NoKernel, Store
 from .kernel import TL_TYPES, Launch, Layout, Packed
-from .pointwise import NoKernel, Store
 from .prologue import Norm, joins_product, norm_of
 from .scope import Scope
 from .target import Target, Tile

@@ -23,10 +23,10 @@ from torch.utils._sympy.functions import FloorDiv
 from ..compiler.gate_expressions import has_gate
 from ..compiler.graph import dtype_of, sizes
 from ..compiler.pattern import arguments
+from .domain import NoKernel
 from .gate_text import gate_lines, rounded
 from .kernel import TL_TYPES, Launch, Layout, Packed, contiguous_strides
 from .linear import DTYPES, flat_rows
-from .pointwise import NoKernel
 from .scope import Scope
 from .target import Target, Tile
 from .template import Arguments, power_of_two

@@ -23,12 +23,12 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from ..compiler.graph import dtype_of, is_tensor, size_expr, sizes
+from .domain import COL, ROW, Domain, Misaligned, NoKernel, Store, row_symbol
 from .expr import triton_text
-from .kernel import TL_TYPES, TRITON_TYPES, Kernel, Launch, Layout, Pointer, contiguous_strides
+from .kernel import TL_TYPES, TRITON_TYPES, Kernel, Launch, Pointer, contiguous_strides
 from .views import Index, broadcast_index, is_view, same, view_index, view_source
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-ROW, COL = sympy.Symbol("row", integer=True, nonnegative=True), sympy.Symbol("col", integer=True, nonnegative=True)
 ONE, ZERO = sympy.Integer(1), sympy.Integer(0)
 MAX_COLUMNS = 16384
 """The longest row that a reduction holds in one tile."""
@@ -40,78 +40,12 @@ RESERVED = frozenset({"row", "col", "row_mask", "col_mask", "program", "tl", "tr
 """Names that variables of a kernel must not take."""
 
 
-class NoKernel(Exception):
-    """A node cannot be part of a generated kernel; the text says why."""
-
-    node: fx.Node | None = None
-
-
-class Misaligned(NoKernel):
-    """A value made in this kernel is needed at another index than the one it is made at."""
-
-
-@dataclass(frozen=True)
-class Domain:
-    """What a kernel runs over: the sizes of its row axes and the number of columns."""
-
-    rows: tuple[sympy.Expr, ...]
-    cols: sympy.Expr
-
-    @property
-    def row_count(self) -> sympy.Expr:
-        return sympy.prod(self.rows)
-
-    @property
-    def index(self) -> Index:
-        """The index of the element that a lane of the tile stands for."""
-        return (*(ZERO if size == 1 else row_symbol(i) for i, size in enumerate(self.rows)), COL)
-
-
-def row_symbol(axis: int) -> sympy.Symbol:
-    return sympy.Symbol(f"i{axis}", integer=True, nonnegative=True)
-
-
 @dataclass(frozen=True)
 class Value:
     """A variable of the kernel. dtype is the node's; low-precision values are held in fp32."""
 
     name: str
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a store lands on one axis: `positions`, read at the index of axis `by`, says it.
-
-    The position is a first slot that the own index is added to (`adds`), as new keys land behind the cached ones, or
-    it is the slot itself, as for `index_copy_`. ring: slots from there on are used in turn (`kv_write`).
-    """
-
-    axis: int
-    positions: Layout
-    by: int
-    adds: bool
-    ring: int | None = None
-
-    def place(self, position: sympy.Expr, capacity: sympy.Expr) -> sympy.Expr:
-        """The slot of a position, of `capacity` slots."""
-        if self.ring is None:
-            return position
-        if self.ring == 0:
-            return Mod(position, capacity)
-        return sympy.Min(position, self.ring) + Mod(sympy.Max(position - self.ring, 0), capacity - self.ring)
-
-
-@dataclass(frozen=True)
-class Store:
-    """Write the value of `node` to `layout`, at another place on one axis if there is a `slot`.
-
-    Without a layout the value is only computed, for later stores.
-    """
-
-    node: fx.Node
-    layout: Layout | None
-    slot: Slot | None = None
 
 
 class RowKernel:

@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from ..compiler.graph import dtype_of, is_tensor, size_expr, sizes
+from .domain import NoKernel
 from .kernel import TL_TYPES
-from .pointwise import EMITTERS, LOW_PRECISION, NoKernel, RowKernel, Value, conjunction
+from .pointwise import EMITTERS, LOW_PRECISION, RowKernel, Value, conjunction
 from .views import Index
 
 aten = torch.ops.aten

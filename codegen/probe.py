@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from ..compiler.graph import dtype_of
+from .domain import COL, Domain, Misaligned
 from .fusion_cost import Work, bytes_of, nominal, op_cost
-from .pointwise import COL, Domain, Misaligned, RowKernel, Value, node_index, short_name
+from .pointwise import RowKernel, Value, node_index, short_name
 from .views import Index
 
 

@@ -14,8 +14,9 @@ from torch import fx
 
 from ..compiler import ops  # noqa: F401  (registers effc's)
 from ..compiler.graph import dtype_of, sizes
+from .domain import COL, NoKernel
 from .kernel import TL_TYPES
-from .pointwise import COL, NoKernel, RowKernel, Value
+from .pointwise import RowKernel, Value
 from .pointwise_ops import compute_type, emits, operand
 from .views import Index, broadcast_index, reshape_index
 

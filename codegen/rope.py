@@ -15,8 +15,8 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv
 
 from ..compiler.graph import dtype_of, sizes
+from .domain import NoKernel
 from .kernel import TL_TYPES, Layout
-from .pointwise import NoKernel
 from .scope import Scope
 from .template import Arguments, power_of_two
 

@@ -25,11 +25,11 @@ from ..compiler.pattern import arguments
 from ..compiler.weights import Weight
 from . import linear, rope
 from .decompose import decompose
+from .domain import NoKernel, Store
 from .fusion_cost import Decision
 from .grouping import group_units
 from .horizontal import merge_launches
 from .kernel import ZERO, Buffer, Fallback, Layout, Schedule, contiguous_strides
-from .pointwise import NoKernel, Store
 from .rounding import in_fp32
 from .scope import Scope
 from .table import TEMPLATES, WRITES

@@ -11,8 +11,9 @@ from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, sizes, writes
 from ..compiler.weights import Pack, Reshape, Weight
+from .domain import Domain, Store
 from .kernel import ZERO, Buffer, Choice, Launch, Layout, Packed, Step, contiguous_strides
-from .pointwise import Domain, RowKernel, Store
+from .pointwise import RowKernel
 from .target import Target
 from .views import SPLITS, is_view, view_source
 

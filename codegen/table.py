@@ -22,8 +22,9 @@ from . import (  # noqa: F401  (gathers, pointwise_ops and reductions fill EMITT
     rope,
     top_k,
 )
+from .domain import Slot
 from .kernel import Layout
-from .pointwise import EMITTERS, Slot
+from .pointwise import EMITTERS
 from .scope import Scope
 
 aten, effc = torch.ops.aten, torch.ops.effc

@@ -7,8 +7,8 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv
 
 from ..compiler.graph import dtype_of, sizes
+from .domain import NoKernel
 from .linear import DTYPES, flat_rows
-from .pointwise import NoKernel
 from .scope import Scope
 from .template import Arguments, power_of_two
 

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, is_tensor, sizes, writes
+from .domain import Domain
 from .fusion_cost import MAX_INLINED, Decision, bytes_of, op_cost, recompute
-from .pointwise import Domain
 from .pointwise_ops import is_fusible
 from .prologue import joins_product
 from .reductions import REDUCTIONS, is_row_reduction, reduces_columns
