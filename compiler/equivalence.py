@@ -27,8 +27,9 @@ from .rewrite import source_line
 from .samples import Sampler, Sizes, small_sizes, traced_sizes, widened
 from .verify import VerificationError
 
-EXACT = 1e-9
-"""What two ways of computing one value in fp64 may differ by, relative to the largest of a row."""
+EXACT = 1e-7
+"""What two ways of computing one value in fp64 may differ by, relative to the largest of a row: tables that a pass made
+of the model's constants are rounded to fp32."""
 
 SEEDS = 4
 """How many samples a change that seems to round wrongly is given: eager is now and then lucky in its rounding."""

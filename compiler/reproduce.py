@@ -36,7 +36,7 @@ import torch
 from torch import device  # noqa: F401
 
 from effc.compiler.reproduce import random, recipe, show
-from effc.compiler.weights import Add, Cast, Concat, Constant, Multiply, Pack, Read, Reshape, Slice, Transpose
+from effc.compiler.weights import Add, Call, Cast, Concat, Constant, Multiply, Pack, Read, Reshape, Slice, Transpose
 
 aten, effc = torch.ops.aten, torch.ops.effc
 SEED = {seed}
@@ -132,7 +132,7 @@ def field_text(value: Any) -> str:
     if isinstance(value, Weight):
         return constructor(value)
     if isinstance(value, tuple) and any(isinstance(item, Weight) for item in value):
-        return f"({''.join(f'{constructor(item)}, ' for item in value)})"
+        return f"({''.join(f'{field_text(item)}, ' for item in value)})"
     return repr(value)
 
 

@@ -1,8 +1,8 @@
 """Random values for what a graph is given: sizes, inputs, states, and weights that no file is read for.
 
 Sizes are small and differ where those of the traced example do. Integers count along their last axis, which suits
-tokens, positions and slots of a cache; masks hide the second or third key and never the first, so that no query is
-left without keys.
+tokens, positions and slots of a cache; masks hide the second or third key, those of a model any but the first, so that
+no query is left without keys.
 """
 
 from __future__ import annotations
@@ -103,8 +103,12 @@ class Sampler:
 
     def floats(self, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + zlib.crc32(name.encode()))
+        if dtype == torch.bool:
+            values = torch.randint(0, 2, shape, generator=generator).bool()
+            values[..., :1] = True
+            return values
         if not dtype.is_floating_point:
-            return torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=generator).to(dtype)
+            return torch.randint(0, 100, shape, generator=generator).to(dtype)
         return torch.randn(shape, generator=generator).to(dtype)
 
     # --- the source of weights ----------------------------------------------------------------------------------
@@ -140,6 +144,8 @@ def reads_of(recipe: Weight) -> list[Read]:
 
 def widened(recipe: Weight) -> Weight:
     """A floating-point recipe computed in fp64 from what it reads; a cast to lower precision still rounds."""
+    if not recipe.dtype.is_floating_point:
+        return recipe
     if isinstance(recipe, Read):
         return Cast(recipe, torch.float64)
     if isinstance(recipe, Constant):
@@ -154,7 +160,9 @@ def widened(recipe: Weight) -> Weight:
         if isinstance(value, Weight):
             parts[entry.name] = widened(value)
         elif isinstance(value, tuple) and any(isinstance(item, Weight) for item in value):
-            parts[entry.name] = tuple(map(widened, value))
+            parts[entry.name] = tuple(widened(item) if isinstance(item, Weight) else item for item in value)
+        elif value == recipe.dtype:
+            parts[entry.name] = torch.float64
     return replace(recipe, **parts)
 
 

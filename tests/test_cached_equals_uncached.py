@@ -23,7 +23,7 @@ from effc.runtime.decode import Runnable, decode_one, extend, prefill
 from effc.runtime.kv_cache import KVCache, Ring, State
 from torch import Tensor, nn
 
-from .families import ATTENTION, VOCABULARY
+from .families import ATTENTION, VOCABULARY, verify_unless_told
 from .test_materialize_kv import fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,6 +138,11 @@ def check(program: Runnable, model: nn.Module, graph: Graph, seeds: range) -> No
         print(f"seed {seed}")
         padding = [0, 2, 5] if seed % 2 and takes_mask else [0, 0, 0]
         walk(program, Text.of(model, graph, padding, seed), padding, seed)
+
+
+@pytest.fixture(autouse=True)
+def comparable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify_unless_told(request, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from effc.backend import COMPILED
 from effc.compiler.errors import ModelError
 from torch import Tensor, nn
 
-from .families import ATTENTION, FAMILIES, eager_logits, example_inputs, tiny_model
+from .families import ATTENTION, FAMILIES, eager_logits, example_inputs, tiny_model, verify_unless_told
 from .tolerance import assert_close_to_reference
 
 GOLDEN = Path(__file__).with_name("families.json")
@@ -35,8 +35,9 @@ def each(names: tuple[str, ...], quick: tuple[str, ...] = ()) -> list:
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
+def fresh_dynamo(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
+    verify_unless_told(request, monkeypatch)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -77,7 +78,10 @@ def test_every_family_with_attention_decodes_in_kernels_and_the_others_are_refus
 
 
 def double(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).double()
+    twin = copy.deepcopy(model).double()
+    if hasattr(twin, "set_experts_implementation"):
+        twin.set_experts_implementation("eager")  # the grouped product takes no fp64
+    return twin
 
 
 def greedy(model: nn.Module, ids: Tensor, count: int) -> Tensor:
