@@ -117,7 +117,7 @@ class RopeAttention(Attention):
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.project(x)
         q, k = ((part.float() * cos + rotate_half(part.float()) * sin).to(part.dtype) for part in (q, k))
-        return self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        return self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)))
 
 
 class Baichuan7B(Baichuan):
@@ -133,7 +133,7 @@ class Baichuan7B(Baichuan):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         batch, length = input_ids.shape
-        lowest = torch.finfo(self.norm.weight.dtype).min
+        lowest = max(torch.finfo(dtype).min for dtype in (self.norm.weight.dtype, torch.float32))
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device)[None]
         if attention_mask is None:
