@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from ..compiler.errors import ModelError
 from ..compiler.graph import Graph, size_expr
 from ..compiler.rewrite import erase_unused, fake_mode, infer
 
@@ -50,7 +51,10 @@ def substituted(graph: Graph, value: Any, values: Mapping[sympy.Symbol, int]) ->
             return value
         expr = expr.subs(values)
         if not expr.is_Integer:
-            raise NotImplementedError(f"a placeholder has the size {size_expr(value)}")
+            raise ModelError(
+                f"graph {graph.name}: expected inputs whose sizes are numbers or single runtime sizes, found a size of"
+                f" {size_expr(value)}: give the model inputs of shape [B, S]"
+            )
         return int(expr)
     if isinstance(value, Tensor):
         shape = [substituted(graph, size, values) for size in value.shape]
