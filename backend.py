@@ -27,10 +27,11 @@ from .codegen.schedule import schedule
 from .codegen.target import CPU, CUDA
 from .compiler.dynamo import trace_dynamo
 from .compiler.errors import InputError, ModelError
+from .compiler.evaluate import evaluate
 from .compiler.files import write_atomically
 from .compiler.graph import Graph, is_tensor, size_expr
 from .compiler.options import check_rounding
-from .compiler.weights import Concat, Read, Weight, evaluate
+from .compiler.weights import Concat, Read, Weight
 from .passes import pipeline
 from .report import GraphExplanation, dump_schedule, explain_graph
 from .runtime.store import cache_dir

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from .codegen.executable import Executable, NativeExecutable
 from .compiler.errors import InputError, ModelError
+from .compiler.evaluate import evaluate
 from .compiler.files import read_sealed, sealed, unsealed, write_atomically
 from .compiler.load import LoadedModel
 from .compiler.options import check_rounding
-from .compiler.weights import Weight, evaluate
+from .compiler.weights import Weight
 from .runtime import decode, store
 from .runtime.kv_cache import Ring, State
 from .stages import Built, Options, Stages, build

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from . import ops  # noqa: F401  (registers the references of the vocabulary)
 from .errors import InputError
+from .evaluate import evaluate
 from .graph import Graph
-from .weights import TensorSource, evaluate
+from .weights import TensorSource
 
 
 def run(

@@ -20,10 +20,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from . import ops  # noqa: F401  (scripts call the vocabulary)
+from .evaluate import evaluate
 from .files import write_atomically
 from .graph import Graph
 from .samples import Sampler, widened
-from .weights import Constant, Weight, evaluate
+from .weights import Constant, Weight
 
 Function = Callable[..., Any]
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .weights import Shape, TensorSource, Weight, evaluate, substitute
+from .evaluate import evaluate
+from .weights import Shape, TensorSource, Weight, substitute
 
 
 class ModuleSource:

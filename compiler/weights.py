@@ -2,8 +2,7 @@
 
     Pack(Concat((Read("q"), Read("k"), Read("v")), dim=0), block=64)    # a merged and packed QKV projection
 
-A recipe is a frozen tree: passes extend it, nothing is read until `evaluate`. Evaluation holds the result and one
-part at a time, so merging or packing never holds two copies of a model.
+A recipe is a frozen tree: passes extend it, nothing is read until `evaluate.py` evaluates it.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class Read(Weight):
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
 
     def key(self) -> str:
-        return f"read({json.dumps(self.name)}, {_text(self.dtype)}{_text(self.shape)})"
+        return f"read({json.dumps(self.name)}, {type_text(self)})"
 
     def names(self) -> tuple[str, ...]:
         return (self.name,)
@@ -102,7 +101,7 @@ class Constant(Weight):
         return cls(hashlib.sha256(content).hexdigest(), tuple(tensor.shape), tensor.dtype, tensor)
 
     def key(self) -> str:
-        return f"constant({self.digest[:32]}, {_text(self.dtype)}{_text(self.shape)})"
+        return f"constant({self.digest[:32]}, {type_text(self)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -215,7 +214,7 @@ class Concat(Weight):
         for source in self.sources:
             others = [_without(weight.shape, self.dim) for weight in (first, source)]
             if others[0] != others[1] or len(source.shape) != len(first.shape) or source.dtype != first.dtype:
-                found = ", ".join(f"{_text(weight.dtype)}{_text(weight.shape)}" for weight in self.sources)
+                found = ", ".join(type_text(weight) for weight in self.sources)
                 raise ValueError(f"expected equal dtypes and shapes besides dimension {self.dim}, found {found}")
 
     @property
@@ -302,11 +301,6 @@ class Call(Weight):
     def key(self) -> str:
         return f"call({self.op}, {', '.join(map(repr, self.args))})"
 
-    def __call__(self, source: TensorSource) -> Tensor:
-        namespace, name, overload = self.op.split(".")
-        function = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-        return function(*(evaluate(arg, source) if isinstance(arg, Weight) else arg for arg in self.args))
-
 
 @dataclass(frozen=True, repr=False)
 class Pack(_SameDtype):
@@ -333,93 +327,6 @@ class Pack(_SameDtype):
         return f"pack({self.source.key()}, {self.block})"
 
 
-def evaluate(weight: Weight, source: TensorSource, out: Tensor | None = None) -> Tensor:
-    """The tensor that `weight` describes; written into `out` when given.
-
-    Without `out`, the result may share storage with the source or be a view: it is not to be written to, and it is
-    contiguous only where the recipe ends in a Concat or a Pack. The peak is the result and one part of it.
-    """
-    if out is not None:
-        if tuple(out.shape) != weight.shape:
-            raise ValueError(f"expected an output of shape {list(weight.shape)}, found {list(out.shape)}")
-        _write(weight, source, out)
-        return out
-    match weight:
-        case Read():
-            return _read(weight, source)
-        case Constant():
-            return weight.tensor
-        case Cast() if not isinstance(weight.source, Concat | Pack):
-            return evaluate(weight.source, source).to(weight.dtype)
-        case Reshape():
-            return evaluate(weight.source, source).reshape(weight.shape)
-        case Transpose():
-            return evaluate(weight.source, source).permute(weight.dims)
-        case Slice():
-            return evaluate(weight.source, source).narrow(weight.dim, weight.start, weight.stop - weight.start)
-        case Add():
-            return evaluate(weight.left, source) + evaluate(weight.right, source)
-        case Multiply():
-            return evaluate(weight.left, source) * evaluate(weight.right, source)
-        case Call():
-            return weight(source)
-        case Concat() | Pack() | Cast():
-            return evaluate(weight, source, torch.empty(weight.shape, dtype=weight.dtype))
-    raise TypeError(f"expected a weight recipe, found {type(weight).__name__}")
-
-
-def _read(weight: Read, source: TensorSource) -> Tensor:
-    tensor = source.read(weight.name)
-    if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
-        expected, found = ((_text(t.dtype) + _text(tuple(t.shape))) for t in (weight, tensor))
-        raise ValueError(f"expected {weight.name} to be {expected}, found {found}")
-    return tensor
-
-
-def _write(weight: Weight, source: TensorSource, out: Tensor) -> None:
-    """Evaluate `weight` into `out`, of the same shape and possibly another dtype."""
-    if isinstance(weight, Cast) and weight.dtype == out.dtype:
-        weight = weight.source
-    match weight:
-        case Concat():
-            start = 0
-            for part in weight.sources:
-                size = part.shape[weight.dim]
-                _write(part, source, out.narrow(weight.dim, start, size))
-                start += size
-        case Pack():
-            _pack_rows(weight.source, source, out, 0)
-            if rest := weight.source.shape[0] % weight.block:
-                out[-1, :, rest:].zero_()
-        case _:
-            out.copy_(evaluate(weight, source))
-
-
-def _pack_rows(weight: Weight, source: TensorSource, out: Tensor, start: int) -> None:
-    """Write the matrix into the panels of `out` [P, K, block] from row `start` on, a part of a concatenation at a time.
-
-    Whole panels go in one copy: panel by panel takes 40 times as long.
-    """
-    if isinstance(weight, Concat) and weight.dim == 0:
-        for part in weight.sources:
-            _pack_rows(part, source, out, start)
-            start += part.shape[0]
-        return
-    matrix = evaluate(weight, source)
-    row, end, block = 0, matrix.shape[0], out.shape[2]
-    while row < end:
-        panel, inside = divmod(start + row, block)
-        count = (end - row) // block
-        if inside == 0 and count > 0:
-            rows = count * block
-            panels = matrix[row : row + rows].unflatten(0, (count, block))  # [count, block, K]
-            out[panel : panel + count].copy_(panels.transpose(1, 2))
-        else:
-            rows = min(block - inside, end - row)
-            out[panel, :, inside : inside + rows].copy_(matrix[row : row + rows].t())
-        row += rows
-
-
 def read(source: TensorSource, name: str) -> Read:
     """The recipe that reads `name` as `source` has it."""
     return Read(name, source.shape(name), source.dtype(name))
@@ -437,6 +344,11 @@ def substitute(weight: Weight, recipes: Mapping[str, Weight]) -> Weight:
         elif isinstance(value, tuple) and any(isinstance(part, Weight) for part in value):
             changes[field_.name] = tuple(substitute(x, recipes) if isinstance(x, Weight) else x for x in value)
     return replace(weight, **changes) if changes else weight
+
+
+def type_text(value: Weight | Tensor) -> str:
+    """Dtype and shape: `float32[10, 6]`."""
+    return _text(value.dtype) + _text(tuple(value.shape))
 
 
 def _text(value: torch.dtype | Sequence[int]) -> str:

@@ -17,9 +17,10 @@ from effc.codegen.launcher import fallback_calls, manifest_of
 from effc.codegen.memory import plan_memory
 from effc.codegen.schedule import Scheduled, schedule
 from effc.codegen.target import CPU, Target
+from effc.compiler.evaluate import evaluate
 from effc.compiler.graph import Graph
 from effc.compiler.sources import ModuleSource
-from effc.compiler.weights import Constant, evaluate
+from effc.compiler.weights import Constant
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effc.compiler.evaluate import evaluate
 from effc.compiler.fold import recipe_of
-from effc.compiler.weights import Call, Concat, Read, evaluate, substitute
+from effc.compiler.weights import Call, Concat, Read, substitute
 from torch import Tensor, nn
 from torch.nn import functional as F
 

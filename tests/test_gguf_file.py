@@ -18,9 +18,10 @@ import pytest
 import torch
 import transformers
 from effc.compiler.errors import CacheError, ModelError
+from effc.compiler.evaluate import evaluate
 from effc.compiler.gguf_file import LAYOUTS, GgufSource
 from effc.compiler.load import load
-from effc.compiler.weights import Pack, evaluate, read
+from effc.compiler.weights import Pack, read
 from effc.runtime import store
 from torch import Tensor, nn
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from effc.compiler.evaluate import evaluate
 from effc.compiler.sources import MappedSource, ModuleSource
 from effc.compiler.weights import (
     Add,
@@ -22,7 +23,6 @@ from effc.compiler.weights import (
     TensorSource,
     Transpose,
     Weight,
-    evaluate,
     read,
 )
 from torch import Tensor, nn
