@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .compiler.errors import EffcError, InputError
+from .compiler.errors import EffcError, InputError, OptionWarning
+from .compiler.options import check_ring, check_stream
 from .runtime.sampling_params import SamplingParams, check_integer, check_max_new_tokens
 from .runtime.store import DEFAULT_MODEL, MODELS, Progress, pull, resolve
 
@@ -50,6 +52,17 @@ class Dtype(StrEnum):
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A known name, a GGUF file or a Hugging Face folder.")]
 ModelArgument = Annotated[str, typer.Argument(help="A known name, a GGUF file or a Hugging Face folder.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="What the weights become; fp32 unless the model says bf16.")]
+RingOption = Annotated[
+    int | None,
+    typer.Option(metavar="R", help="Layers with a window cache it and R tokens more, instead of every token."),
+]
+StreamOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEPT,WINDOW",
+        help="See, and cache, the first KEPT tokens and the last WINDOW only: bounded memory, other results.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -87,6 +100,8 @@ def generate_command(
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    ring: RingOption = None,
+    stream: StreamOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -94,12 +109,13 @@ def generate_command(
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if max_new_tokens is not None:
         check_max_new_tokens(max_new_tokens)
+    cache = cache_options(ring, stream)
     text = read_prompt(prompt)
     path = located(model)
-    with status(f"opening {model}"):
+    with status(f"opening {model}"), option_warnings():
         from .llm import LLM
 
-        llm = LLM(path, dtype=dtype and dtype.torch_dtype())
+        llm = LLM(path, dtype=dtype and dtype.torch_dtype(), **cache)
     chat = not raw
     if chat and llm.codec.chat_template is None:
         chat = False
@@ -147,25 +163,35 @@ def show_answer(answer: TextStream, as_json: bool) -> None:
 def dump_command(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
+    ring: RingOption = None,
+    stream: StreamOption = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Write the graphs before and after each pass, the kernels and the memory plan; print the path of the index."""
+    cache = cache_options(ring, stream)
     path = located(model)
-    with status(f"compiling {model}"):
+    with status(f"compiling {model}"), option_warnings():
         from . import dump
 
-        index = dump(path, output, dtype=dtype and dtype.torch_dtype())
+        index = dump(path, output, dtype=dtype and dtype.torch_dtype(), **cache)
     print(index)
 
 
 @app.command("explain")
-def explain_command(model: ModelArgument, dtype: DtypeOption = None, as_json: JsonOption = False) -> None:
+def explain_command(
+    model: ModelArgument,
+    ring: RingOption = None,
+    stream: StreamOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Print what the passes matched and missed, the kernels, and what falls back to ATen."""
+    cache = cache_options(ring, stream)
     path = located(model)
-    with status(f"compiling {model}"):
+    with status(f"compiling {model}"), option_warnings():
         from . import compile as compile_model
 
-        explanation = compile_model(path, dtype=dtype and dtype.torch_dtype()).explain()
+        explanation = compile_model(path, dtype=dtype and dtype.torch_dtype(), **cache).explain()
     if as_json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=False))
     else:
@@ -250,6 +276,36 @@ def read_prompt(prompt: str | None) -> str:
     if not text.strip():
         raise InputError("the prompt is empty: give at least one word")
     return text
+
+
+def cache_options(ring: int | None, stream: str | None) -> dict[str, Any]:
+    """--ring and --stream as `effc.compile` takes them; those alone that were given."""
+    options: dict[str, Any] = {}
+    if ring is not None:
+        options["ring"] = check_ring(ring)
+    if stream is not None:
+        try:
+            options["stream"] = check_stream([int(part) for part in stream.split(",")])
+        except ValueError:  # InputError is one
+            raise InputError(f"--stream expects KEPT,WINDOW, two integers of at least 1, found {stream!r}") from None
+    return options
+
+
+@contextmanager
+def option_warnings() -> Iterator[None]:
+    """Within, what an option does to the results is told in one line on standard error."""
+    show = warnings.showwarning
+
+    def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, OptionWarning):
+            print(f"effc: {message}", file=sys.stderr)
+        else:
+            show(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OptionWarning)
+        warnings.showwarning = tell
+        yield
 
 
 def located(model: str) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .compiler.errors import InputError, ModelError
 from .runtime.decode import Runnable, check_prompt, stream
-from .runtime.kv_cache import KVCache, reuse_or_allocate
+from .runtime.kv_cache import KVCache, keeps_first, reuse_or_allocate
 from .runtime.sampling_params import SamplingParams, check_max_new_tokens
 from .runtime.text import Message, StopStrings, TextCodec
 
@@ -116,7 +116,7 @@ class LLM:
         for piece in llm.stream("Once upon a time", temperature=0.8, seed=1): print(piece, end="")
 
     model: a known name, a GGUF file, a Hugging Face folder, or what `effc.load` gave. dtype: of the weights. Other
-    options go to `effc.compile`. Raises ModelError for a model without a tokenizer.
+    options (`ring`, `stream`, `skip`, ...) go to `effc.compile`. Raises ModelError for a model without a tokenizer.
     """
 
     def __init__(self, model: str | Path | LoadedModel, dtype: torch.dtype | None = None, **options: object) -> None:
@@ -230,9 +230,17 @@ class LLM:
         ignore_eos: bool,
         finished: Tensor | None,
     ) -> Generator[Tensor]:
-        """The loop over one batch, padded at the left, with a cache that is handed back for the next call."""
-        input_ids, attention_mask = pad_left(rows, self.device)
-        length, config = input_ids.shape[1], self.program.config
+        """The loop over one batch, with a cache that is handed back for the next call.
+
+        Rows are padded at the left; at the right, each with its own length, where the cache keeps the first tokens.
+        """
+        config = self.program.config
+        lengths = attention_mask = None
+        if keeps_first(config.cache_layout):
+            input_ids, lengths = pad_right(rows, self.device)
+        else:
+            input_ids, attention_mask = pad_left(rows, self.device)
+        length = input_ids.shape[1]
         if max_new_tokens is None:
             room = DEFAULT_NEW_TOKENS if config.max_position is None else config.max_position - length
             max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
@@ -253,6 +261,7 @@ class LLM:
                     ignore_eos=ignore_eos,
                     cache=cache,
                     finished=finished,
+                    lengths=lengths,
                 )
             finally:
                 self._spare_cache = cache
@@ -281,3 +290,12 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
         return input_ids, None
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return input_ids, (torch.arange(length, device=device) >= length - lengths[:, None]).long()
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts of different lengths as one batch: ids [B, S] and lengths [B] (None if all are as long)."""
+    length = max(len(row) for row in rows)
+    input_ids = torch.tensor([list(row) + [0] * (length - len(row)) for row in rows], device=device)
+    if all(len(row) == length for row in rows):
+        return input_ids, None
+    return input_ids, torch.tensor([len(row) for row in rows], device=device)

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from .codegen.executable import Executable, NativeExecutable
-from .compiler.errors import InputError, ModelError
+from .compiler.errors import InputError, ModelError, OptionWarning
 from .compiler.evaluate import evaluate
 from .compiler.files import read_sealed, sealed, unsealed, write_atomically
 from .compiler.load import LoadedModel
-from .compiler.options import check_rounding
+from .compiler.options import check_ring, check_rounding, check_stream
 from .compiler.weights import Weight
 from .runtime import decode, store
 from .runtime.kv_cache import Ring, State
@@ -124,6 +124,9 @@ class Program:
         if found is None:
             found = program_config(self.model, self.stages, self.options.ring)
             self._remember("config", found)
+        if self.options.ring is not None and found.cache_layout and not any(state.ring for state in found.cache_layout):
+            message = f"ring has no effect: {self.model.name} has no attention that sees a window only"
+            warnings.warn(message, OptionWarning, stacklevel=2)
         return found
 
     @cached_property
@@ -267,6 +270,8 @@ def compile(
     Raises ModelError for a model that cannot be found, read or compiled.
     """
     check_rounding(rounding)
+    ring = None if ring is None else check_ring(ring)
+    stream = None if stream is None else check_stream(stream)
     if not isinstance(model, str | Path | nn.Module | LoadedModel):
         raise InputError(f"expected the name or path of a model, or a model, found {type(model).__name__}")
     if isinstance(skip, str):
@@ -281,9 +286,7 @@ def compile(
         from .passes.stream_attention import Seen
 
         ring = DEFAULT_SPARE if ring is None else ring
-        warnings.warn(Seen(*stream).warning, stacklevel=2)
-    if ring is not None and ring < 0:
-        raise InputError(f"expected at least 0 spare slots of a ring, found {ring}")
+        warnings.warn(Seen(*stream).warning, OptionWarning, stacklevel=2)
     options = Options(None if passes is None else tuple(passes), tuple(skip), ring, stream, rounding)
     return Program(model, options, None if dump is None else Path(dump))
 

@@ -167,19 +167,19 @@ def explain(target: Any = None) -> Explanation:
 # --- dumps -------------------------------------------------------------------------------------------------------
 
 
-def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None) -> Path:
+def dump(model: Any, output: str | Path, dtype: torch.dtype | None = None, **options: Any) -> Path:
     """Write everything between a model and its native code into a folder; returns the index.
 
     graphs/ holds each graph before and after each pass, <graph>.txt the launches in order and the memory plan, and
     kernels/ the Triton source, Triton IR and C++ of each kernel; <kernel>.txt has them line by line beside each other,
-    then the assembly of the hot loop.
+    then the assembly of the hot loop. Other options go to `effc.compile`.
     """
     from .program import KINDS, compile
 
     output = Path(output)
     with refusals(output):
         output.mkdir(parents=True, exist_ok=True)
-    program = compile(model, dtype, dump=output / "graphs")
+    program = compile(model, dtype, dump=output / "graphs", **options)
     lines = []
     for kind in KINDS:
         scheduled = program.stages.scheduled(kind, False)

@@ -41,6 +41,10 @@ class TooLargeKernel(UnsupportedKernel):
         self.needed, self.limit = needed, limit
 
 
+class OptionWarning(UserWarning):
+    """An option that was asked for changes what the model says, or does nothing."""
+
+
 def one_line(error: BaseException) -> str:
     """What another library says, fit to stand inside one of our lines."""
     text = " ".join(str(error).split()) or type(error).__name__

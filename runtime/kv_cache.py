@@ -175,6 +175,11 @@ class KVCache:
                 tensor.copy_(tensor[rows])
 
 
+def keeps_first(layout: Layout) -> bool:
+    """Whether a cache of these buffers keeps the first tokens, so that there is no place for padding before them."""
+    return any(state.ring is not None and state.ring.kept for state in (State(*entry) for entry in layout))
+
+
 def reuse_or_allocate(
     cache: KVCache | None, layout: Layout, batch: int, capacity: int, device: torch.device | str = "cpu"
 ) -> KVCache:

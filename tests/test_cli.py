@@ -5,12 +5,13 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import effc
 import pytest
 from effc import cli
-from effc.compiler.errors import ModelError
+from effc.compiler.errors import ModelError, OptionWarning
 from effc.llm import LLM
 from effc.report import Explanation, GraphExplanation
 from effc.runtime import store
@@ -69,6 +70,22 @@ def test_generate_says_that_there_is_no_chat_template(capsys, model, monkeypatch
     assert "has no chat template: the prompt goes in as it is" in capsys.readouterr().err
 
 
+def test_options_of_the_cache_reach_the_compiler_and_its_warning_is_one_line(capsys, model, codec, monkeypatch):
+    asked = []
+
+    def compiled(found, dtype=None, **options):
+        asked.append(options)
+        warnings.warn("results are other ones", OptionWarning, stacklevel=2)
+        return saying(codec, ANSWER)
+
+    monkeypatch.setattr("effc.llm.LLM", compiled)
+    for options in (["--ring", "8", "--stream", "4,60"], ["--stream", "4, 60"], ["--ring", "0"]):
+        assert cli.run(["generate", "Hello", "-m", model, *options]) == 0
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err) == (ANSWER + "\n", "effc: results are other ones\n")
+    assert asked == [{"ring": 8, "stream": (4, 60)}, {"stream": (4, 60)}, {"ring": 0}]
+
+
 def test_generate_as_json(capsys, model, codec):
     assert cli.run(["generate", "Hello", "-m", model, "--json", "--stop", ", "]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -106,6 +123,10 @@ def test_generate_tells_speed_on_a_terminal(capsys, model, monkeypatch):
         (["-n", "0"], "max_new_tokens must be an integer of at least 1, found 0"),
         (["-n", "999"], "a prompt of"),
         (["--stop", ""], "a stop string must be text of at least one character, found ''"),
+        (["--ring", "-1"], "ring must be an integer of at least 0 (tokens that may be taken back), found -1"),
+        (["--stream", "4"], "--stream expects KEPT,WINDOW, two integers of at least 1, found '4'"),
+        (["--stream", "0,8"], "--stream expects KEPT,WINDOW, two integers of at least 1, found '0,8'"),
+        (["--stream", "4,x"], "--stream expects KEPT,WINDOW, two integers of at least 1, found '4,x'"),
         (["-m", "gpt-17"], "unknown model 'gpt-17': expected one of smollm2"),
         (["-m", "/no/such/file.gguf"], "no such model: found no file or folder at /no/such/file.gguf"),
     ],
@@ -183,14 +204,14 @@ def test_progress_only_on_a_terminal(capsys, monkeypatch):
 def test_dump_prints_the_index(capsys, model, monkeypatch, tmp_path):
     asked = []
 
-    def dump(path, output, dtype=None):
-        asked.append((path, output, dtype))
+    def dump(path, output, dtype=None, **options):
+        asked.append((path, output, dtype, options))
         return output / "index.txt"
 
     monkeypatch.setattr(effc, "dump", dump, raising=False)
-    assert cli.run(["dump", model, "-o", str(tmp_path / "out")]) == 0
+    assert cli.run(["dump", model, "-o", str(tmp_path / "out"), "--ring", "3"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'index.txt'}\n"
-    assert asked == [(Path(model), tmp_path / "out", None)]
+    assert asked == [(Path(model), tmp_path / "out", None, {"ring": 3})]
 
 
 def test_explain_prints_a_table_or_json(capsys, model, monkeypatch):
@@ -204,9 +225,13 @@ def test_explain_prints_a_table_or_json(capsys, model, monkeypatch):
         def explain(self) -> "Explanation":
             return self
 
-    monkeypatch.setattr(effc, "compile", lambda path, dtype=None: Explanation(), raising=False)
-    assert cli.run(["explain", model]) == 0
+    asked = []
+    monkeypatch.setattr(
+        effc, "compile", lambda path, dtype=None, **options: asked.append(options) or Explanation(), raising=False
+    )
+    assert cli.run(["explain", model, "--stream", "2,6"]) == 0
     assert "fuse_norm  61 matches" in capsys.readouterr().out
+    assert asked == [{"stream": (2, 6)}]
     assert cli.run(["explain", model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"fuse_norm": 61}
 

@@ -1,9 +1,11 @@
 """`effc.LLM`: batches, streams, stop strings, chat and refusals, over programs that need no compiler."""
 
+import effc
 import pytest
 import torch
-from effc.compiler.errors import InputError, ModelError
+from effc.compiler.errors import InputError, ModelError, OptionWarning
 from effc.llm import LLM, pad_left
+from effc.passes.stream_attention import Seen
 from effc.runtime.text import TextCodec
 
 from .tiny_llama import ScriptedProgram, TinyProgram, tiny_llama
@@ -81,6 +83,38 @@ def test_batch_equals_single_answers(llm):
     assert [answer.tokens for answer in llm.generate(prompts, **options)] == [
         llm.generate(prompt, **options)[0].tokens for prompt in prompts
     ]
+
+
+def test_batch_equals_single_answers_where_the_first_tokens_are_kept(codec):
+    """Rows of a cache that keeps the first tokens have no padding, and the next call finds no token of the last."""
+    llama = tiny_llama(vocab_size=codec.tokenizer.get_vocab_size(), eos_token_id=None)
+    llm = LLM.of(TinyProgram(llama, Seen(2, 6)), codec)
+    prompts = ["Hello", "Grüße aus Köln und mehr, und noch mehr", "x"]
+    options = {"max_new_tokens": 12, "ignore_eos": True}
+    assert [answer.tokens for answer in llm.generate(prompts, **options)] == [
+        llm.generate(prompt, **options)[0].tokens for prompt in prompts
+    ]
+
+
+def test_options_of_the_compiler_are_checked_before_it_runs(codec):
+    class Loaded:
+        name, tokenizer_folder = "tiny", codec.folder
+
+    for option, message in (({"ring": -1}, "ring must be"), ({"stream": (4,)}, r"stream must be .*, found \(4,\)")):
+        with pytest.raises(InputError, match=message):
+            LLM(Loaded(), **option)
+
+
+@pytest.mark.slow
+def test_a_model_is_streamed(codec):
+    llama = tiny_llama(vocab_size=codec.tokenizer.get_vocab_size(), eos_token_id=None)
+    with pytest.warns(OptionWarning, match="the first 2 tokens and the last 6 only"):
+        program = effc.compile(llama, ring=3, stream=(2, 6))
+    prompts, options = ["Hello", "Grüße aus Köln und mehr"], {"max_new_tokens": 8, "ignore_eos": True}
+    answers = [LLM.of(each, codec).generate(prompts, **options) for each in (program, TinyProgram(llama, Seen(2, 6)))]
+    assert answers[0] == answers[1]
+    with pytest.warns(OptionWarning, match="ring has no effect: LlamaForCausalLM has no attention that sees a window"):
+        assert effc.compile(llama, ring=3).config.cache_layout
 
 
 def test_sampling_is_reproducible(llm):

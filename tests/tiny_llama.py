@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 from effc.compiler import ops  # noqa: F401  (registers torch.ops.effc)
+from effc.passes.stream_attention import Seen
+from effc.runtime.kv_cache import Ring, State
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,17 +47,22 @@ class Facts:
 
 @dataclass
 class TinyProgram:
-    """Runs forward, prefill, extend and decode of a `tiny_llama` with the references of effc's ops."""
+    """Runs forward, prefill, extend and decode of a `tiny_llama` with the references of effc's ops.
+
+    seen: what a query sees, in a ring of slots with 3 to spare; None for everything.
+    """
 
     model: LlamaForCausalLM
+    seen: Seen | None = None
     config: Facts = field(init=False)
     calls: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.model.config
         shape = (config.num_key_value_heads, config.head_dim)
+        ring = self.seen and Ring(self.seen.kept, self.seen.window, 3)
         layout = [
-            (f"{kind}_cache_{layer}", shape, torch.float32)
+            State(f"{kind}_cache_{layer}", shape, torch.float32, ring)
             for layer in range(config.num_hidden_layers)
             for kind in ("k", "v")
         ]
@@ -89,10 +96,13 @@ class TinyProgram:
             for linear in (projections.q_proj, projections.k_proj, projections.v_proj)
         )
         q, k = (effc_ops.rope(part, cos, sin) for part in (q, k))
-        past = inputs["past"]
-        k = effc_ops.kv_write(states[f"k_cache_{index}"], k, past)
-        v = effc_ops.kv_write(states[f"v_cache_{index}"], v, past)
-        y = effc_ops.cached_attention(q, k, v, past, size**-0.5, visible="k >= t0[b]", tables=[inputs["padding"]])
+        past, ring = inputs["past"], self.seen and self.seen.kept
+        k = effc_ops.kv_write(states[f"k_cache_{index}"], k, past, ring)
+        v = effc_ops.kv_write(states[f"v_cache_{index}"], v, past, ring)
+        seen = {"visible": "k >= t0[b]", "tables": [inputs["padding"]]}
+        if self.seen is not None:
+            seen = {"visible": self.seen.condition, "ring": ring}
+        y = effc_ops.cached_attention(q, k, v, past, size**-0.5, **seen)
         return projections.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
 
