@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +83,7 @@ def main(arguments: list[str]) -> int:
     with surroundings() as around:
         rows = {kind: measured(KINDS[kind][0], lengths, options.repeats) for kind in options.kinds.split(",")}
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": measure.commit(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "threads": options.threads,
+        **measure.head(options.threads),
         "repeats": options.repeats,
         "surroundings": str(around),
         "rows": rows,

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -92,11 +91,7 @@ def main(arguments: list[str]) -> int:
     if options.build:
         return 0
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": measure.commit(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "threads": options.threads,
+        **measure.head(options.threads),
         "turns": options.turns,
         "parts": parts,
     }

@@ -10,7 +10,6 @@ import argparse
 import sys
 import tempfile
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     say("")
     effc, growing, static, *others = speeds
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": measure.commit(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
+        **measure.head(options.threads),
         "model": llm.program.model.name,
         "dtype": str(llm.program.model.dtype).removeprefix("torch."),
-        "threads": options.threads,
         "repeats": options.repeats,
         "read_bandwidth": max(bandwidth, measure.read_bandwidth()),
         "weight_bytes": weight_bytes(eager),

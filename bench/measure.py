@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import time
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,17 @@ from effc.codegen.cpu.target import host_target
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "llama-cpp-python")
 VECTOR_FLAGS = re.compile(r"avx\w*|fma|f16c|amx\w*|asimd\w*|sve\w*|i8mm|bf16")
+
+
+def head(threads: int) -> dict[str, Any]:
+    """What every result starts with: when, which code, on which machine, beside what, with how many threads."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "threads": threads,
+    }
 
 
 def machine() -> dict[str, Any]:

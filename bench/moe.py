@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +110,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for pair in pairs:
                 pair.step(token)
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": measure.commit(),
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "threads": options.threads,
+        **measure.head(options.threads),
         "bandwidth": bandwidth,
         "surroundings": str(around),
         "rows": [asdict(pair.row) for pair in pairs],

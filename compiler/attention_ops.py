@@ -11,6 +11,8 @@ size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -24,7 +26,57 @@ SCORES = (
     "int? window=None, float? softcap=None, str? visible=None, str? bias=None, Tensor[]? tables=None, "
     "Tensor? sinks=None"
 )
-"""Arguments, by keyword, that both attention ops share."""
+"""The fields of `ScoreArguments` in the schema of an op."""
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """What both attention ops are told by keyword: which keys a query sees, and what its scores become.
+
+    window: it sees keys from q - window + 1 on. visible: an expression over b, h, q, k that is true where it sees the
+    key (`index_expressions`). softcap: scores become softcap * tanh(scores / softcap) (Gemma 2). bias: an expression
+    that is then added. tables: what t0, t1, ... in the expressions name. sinks [H]: the score of one more key per head
+    whose value is zero.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    visible: str | None = None
+    bias: str | None = None
+    tables: Sequence[Tensor] | None = None
+    sinks: Tensor | None = None
+
+    def of_indices(
+        self, batch: int, heads: int, q_position: Tensor, k_position: Tensor, causal: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(allowed, bias) that the indices decide, each broadcast to [B, H, S, T] or None.
+
+        q_position [B or 1, 1, S, 1] and k_position [B or 1, 1, 1, T]: places in the sequence.
+        """
+        device = q_position.device
+        indices = {
+            "b": torch.arange(batch, device=device)[:, None, None, None],
+            "h": torch.arange(heads, device=device)[None, :, None, None],
+            "q": q_position,
+            "k": k_position,
+        }
+        conditions = []
+        if causal:
+            conditions.append(k_position <= q_position)
+        if self.window is not None:
+            conditions.append(k_position > q_position - self.window)
+        if self.visible is not None:
+            conditions.append(evaluate(self.visible, indices, self.tables or ()))
+        return all_of(*conditions), None if self.bias is None else evaluate(self.bias, indices, self.tables or ())
+
+
+def all_of(*conditions: Tensor | None) -> Tensor | None:
+    """The conjunction of the conditions that are given; None if none is."""
+    result = None
+    for condition in conditions:
+        if condition is not None:
+            result = condition if result is None else result & condition
+    return result
 
 
 def attend(
@@ -66,48 +118,6 @@ def attend(
     return (weights @ v).to(q.dtype)
 
 
-def index_terms(
-    batch: int,
-    heads: int,
-    q_position: Tensor,
-    k_position: Tensor,
-    *,
-    causal: bool,
-    window: int | None,
-    visible: str | None,
-    bias: str | None,
-    tables: Sequence[Tensor] | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(allowed, bias) that the indices decide, each broadcast to [B, H, S, T] or None.
-
-    q_position [B or 1, 1, S, 1] and k_position [B or 1, 1, 1, T]: places in the sequence.
-    """
-    device = q_position.device
-    indices = {
-        "b": torch.arange(batch, device=device)[:, None, None, None],
-        "h": torch.arange(heads, device=device)[None, :, None, None],
-        "q": q_position,
-        "k": k_position,
-    }
-    conditions = []
-    if causal:
-        conditions.append(k_position <= q_position)
-    if window is not None:
-        conditions.append(k_position > q_position - window)
-    if visible is not None:
-        conditions.append(evaluate(visible, indices, tables or ()))
-    return all_of(*conditions), None if bias is None else evaluate(bias, indices, tables or ())
-
-
-def all_of(*conditions: Tensor | None) -> Tensor | None:
-    """The conjunction of the conditions that are given; None if none is."""
-    result = None
-    for condition in conditions:
-        if condition is not None:
-            result = condition if result is None else result & condition
-    return result
-
-
 def attention_shape(q: Tensor, k: Tensor, v: Tensor, *rest: object, **named: object) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
@@ -131,46 +141,27 @@ def attention(
     causal: bool,
     key_mask: Tensor | None = None,
     mask: Tensor | None = None,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-    visible: str | None = None,
-    bias: str | None = None,
-    tables: Sequence[Tensor] | None = None,
-    sinks: Tensor | None = None,
+    **scores: Any,
 ) -> Tensor:
     """Scaled dot product attention with grouped heads, over all keys given.
 
     q [B, H, S, D], k [B, G, T, D], v [B, G, T, D'] -> [B, H, S, D'].
 
-    causal: query i sees keys up to i. window: it sees keys from i - window + 1 on. visible: an expression over b, h,
-    q, k that is true where it sees the key (`index_expressions`). key_mask [B, T]: keys whose entry is zero are hidden
-    from every query (left padding). mask, broadcast to [B, H, S, T]: bool (true may attend) or float (added to the
-    scores): what could not be inferred. All of these hold together.
-
-    softcap: scores become softcap * tanh(scores / softcap) (Gemma 2). bias: an expression that is then added. tables:
-    what t0, t1, ... in the expressions name. sinks [H]: the score of one more key per head whose value is zero.
+    causal: query i sees keys up to i. key_mask [B, T]: keys whose entry is zero are hidden from every query (left
+    padding). mask, broadcast to [B, H, S, T]: bool (true may attend) or float (added to the scores): what could not be
+    inferred. scores: `ScoreArguments`. All of these hold together.
     """
+    given = ScoreArguments(**scores)
     positions = torch.arange(max(q.shape[2], k.shape[2]), device=q.device)
     q_position, k_position = positions[None, None, : q.shape[2], None], positions[None, None, None, : k.shape[2]]
-    allowed, added = index_terms(
-        q.shape[0],
-        q.shape[1],
-        q_position,
-        k_position,
-        causal=causal,
-        window=window,
-        visible=visible,
-        bias=bias,
-        tables=tables,
-    )
+    allowed, added = given.of_indices(*q.shape[:2], q_position, k_position, causal)
     if key_mask is not None:
         allowed = all_of(allowed, (key_mask != 0)[:, None, None, :])
     if mask is not None and mask.dtype == torch.bool:
         allowed = all_of(allowed, mask)
     elif mask is not None:
         added = mask if added is None else added + mask
-    return attend(q, k, v, scale, allowed=allowed, bias=added, softcap=softcap, sinks=sinks)
+    return attend(q, k, v, scale, allowed=allowed, bias=added, softcap=given.softcap, sinks=given.sinks)
 
 
 # --- KV cache --------------------------------------------------------------------------------------------------
@@ -215,51 +206,26 @@ def cached_attention_cost(node: fx.Node) -> Cost:
 
 
 @define(
-    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor past, float scale, Tensor? key_mask=None, *, "
-    f"int? ring=None, {SCORES}) -> Tensor",
+    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor past, float scale, *, int? ring=None, "
+    f"{SCORES}) -> Tensor",
     shape=attention_shape,
     cost=cached_attention_cost,
     dialects=("stateful",),
 )
 def cached_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past: Tensor,
-    scale: float,
-    key_mask: Tensor | None = None,
-    *,
-    ring: int | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    visible: str | None = None,
-    bias: str | None = None,
-    tables: Sequence[Tensor] | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, past: Tensor, scale: float, *, ring: int | None = None, **scores: Any
 ) -> Tensor:
     """Causal attention of S new queries over a cache that already holds their keys and values.
 
     q [B, H, S, D], k_cache [B, G, T, D], v_cache [B, G, T, D'], past [B] int64 -> [B, H, S, D']. Query i of row b
-    stands at position past[b] + i and sees positions 0 .. past[b] + i. key_mask [B, T]: slots whose entry is zero are
-    hidden (left padding). ring: which slots `kv_write` used in turn; a window or `visible` has to hide what their
-    keys were written over, for each of the S queries: a ring of R slots takes a window of up to R - S + 1. The other
-    arguments are those of `attention`.
+    stands at position past[b] + i and sees positions 0 .. past[b] + i. ring: which slots `kv_write` used in turn; a
+    window or `visible` has to hide what their keys were written over, for each of the S queries: a ring of R slots
+    takes a window of up to R - S + 1. scores: `ScoreArguments`.
     """
+    given = ScoreArguments(**scores)
     q_position = (past[:, None] + torch.arange(q.shape[2], device=past.device))[:, None, :, None]
     k_position = positions_of_slots(past + q.shape[2] - 1, k_cache.shape[2], ring)[:, None, None, :]
-    allowed, added = index_terms(
-        q.shape[0],
-        q.shape[1],
-        q_position,
-        k_position,
-        causal=True,
-        window=window,
-        visible=visible,
-        bias=bias,
-        tables=tables,
-    )
-    if key_mask is not None:
-        allowed = all_of(allowed, (key_mask != 0)[:, None, None, :])
+    allowed, added = given.of_indices(*q.shape[:2], q_position, k_position, causal=True)
     if ring is not None:
         allowed = all_of(allowed, k_position >= 0)
-    return attend(q, k_cache, v_cache, scale, allowed=allowed, bias=added, softcap=softcap, sinks=sinks)
+    return attend(q, k_cache, v_cache, scale, allowed=allowed, bias=added, softcap=given.softcap, sinks=given.sinks)

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from .attention_ops import all_of, index_terms
+from .attention_ops import ScoreArguments, all_of
 from .graph import Graph, size_expr
 from .index_values import NotInferred, Shape
 from .mask_form import HIDDEN, MaskForm
@@ -67,17 +67,10 @@ def agrees(form: MaskForm, masks: Sequence[fx.Node], values: dict[fx.Node, Any],
     shape = tuple(map(int, scores))
     batch, heads, length, context = shape
     places = torch.arange(max(length, context))
-    allowed, bias = index_terms(
-        batch,
-        heads,
-        places[None, None, :length, None],
-        places[None, None, None, :context],
-        causal=form.causal,
-        window=form.window,
-        visible=form.visible,
-        bias=form.bias,
-        tables=[values[table] for table in form.tables],
-    )
+    tables = [values[table] for table in form.tables]
+    given = ScoreArguments(window=form.window, visible=form.visible, bias=form.bias, tables=tables)
+    q_position, k_position = places[None, None, :length, None], places[None, None, None, :context]
+    allowed, bias = given.of_indices(batch, heads, q_position, k_position, form.causal)
     if form.key_mask is not None:
         allowed = all_of(allowed, (values[form.key_mask][:batch, :context] != 0)[:, None, None, :])
     try:

@@ -146,13 +146,7 @@ def add_cache(graph: Graph, length: sympy.Symbol, ring: bool = False) -> None:
                 graph, node, effc.kv_write.default, {"cache": cache, "new": new, "past": past, "ring": first}
             )
         caches = {f"{letter}_cache": written[named[letter]] for letter in "kv"}
-        named |= {
-            **cached_scores(graph, named, length, padding),
-            **caches,
-            "past": past,
-            "key_mask": None,
-            "ring": first,
-        }
+        named |= {**cached_scores(graph, named, length, padding), **caches, "past": past, "ring": first}
         replace(graph, node, insert_named(graph, node, effc.cached_attention.default, named))
     try:
         TokenCounts(graph, length, past, padding).rewrite()

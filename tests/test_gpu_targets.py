@@ -66,8 +66,8 @@ def attentions(heads: int, groups: int, size: int, value_size: int, dtype: torch
             effc.attention(q, k, v, 0.2, True, h),
             effc.attention(q, k, v, 0.2, False, None, m),
             effc.attention(q, k, v, 0.2, True, None, f),
-            effc.cached_attention(q, k, v, p, 0.2, h),
-            effc.cached_attention(q[:, :, :1], k, v, p, 0.2, h),
+            effc.cached_attention(q, k, v, p, 0.2, visible="t0[b, k] != 0", tables=[h]),
+            effc.cached_attention(q[:, :, :1], k, v, p, 0.2, visible="t0[b, k] != 0", tables=[h]),
         )
 
     return kernels(

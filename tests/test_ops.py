@@ -98,7 +98,6 @@ CASES: dict[str, dict[str, Callable[[Sizes], Arguments]]] = {
     },
     "cached_attention": {
         "plain": lambda z: (*queries_and_keys(z, z.T), z.past, 0.3),
-        "padded": lambda z: (*queries_and_keys(z, z.T), z.past, 0.3, z.key_mask),
         **{
             name: lambda z, make=make: (*queries_and_keys(z, z.T), z.past, 0.3, make(z))
             for name, make in SCORES.items()
