@@ -117,9 +117,11 @@ def profile(program: Program, kind: str = "decode", tokens: int = 512, repeats: 
 def launch_costs(nodes: Iterable[Any], sizes: dict[sympy.Symbol, int]) -> tuple[float, float]:
     """FLOPs and bytes of the vocabulary ops among a launch's nodes, at the given sizes."""
     flops = moved = 0.0
+    nodes = list(nodes)
     for node in nodes:
         op = op_of(node)
-        if op is not None:
+        read_in_place = op is not None and op.kept is not None and any(user in nodes for user in node.users)
+        if op is not None and not read_in_place:
             cost: Cost = op.cost(node)
             flops += float(sympy.sympify(cost.flops).subs(sizes))
             moved += float(sympy.sympify(cost.bytes).subs(sizes))

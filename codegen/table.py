@@ -12,8 +12,9 @@ from torch import fx
 from ..compiler.graph import sizes
 from ..compiler.ops import OPS
 from ..compiler.pattern import arguments
-from . import (  # noqa: F401  (gathers, pointwise_ops and reductions fill EMITTERS)
+from . import (  # noqa: F401  (dequantize, gathers, pointwise_ops and reductions fill EMITTERS)
     attention,
+    dequantize,
     gathers,
     linear,
     moe,

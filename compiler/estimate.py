@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from .graph import Graph, is_tensor
-from .vocabulary import nbytes, op_of
+from .vocabulary import nbytes, op_of, read_bytes
 
 CONTEXT = 512
 """Tokens in the cache."""
@@ -71,12 +71,14 @@ def step_bytes(graph: Graph) -> int:
     """Bytes that one step of decoding moves through the calls of a graph, each weight once."""
     weights = sum(recipe.nbytes for recipe in graph.weights.values())
     values = [node for node in graph.nodes if node.op == "call_function" and is_tensor(node) and not is_free(node)]
-    return weights + sum(2 * per_token(nbytes(node)) for node in values)
+    return weights + sum(2 * per_token(read_bytes(node)) for node in values)
 
 
 def is_free(node: fx.Node) -> bool:
-    """Whether a call only looks at memory in another way, or computes a size."""
+    """Whether a call only looks at memory in another way, parts of a quantized weight too, or computes a size."""
     if not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    if node.target is torch.ops.effc.dequantize.default:
         return True
     returns = node.target._schema.returns
     return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write

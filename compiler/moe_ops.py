@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .gate_expressions import evaluate, has_gate
 from .graph import sizes
-from .vocabulary import Cost, define, nbytes, numel, streamed
+from .vocabulary import Cost, define, nbytes, numel, read_bytes, streamed
 
 
 def top_k_shape(x: Tensor, k: int) -> Tensor:
@@ -43,7 +43,7 @@ def moe_cost(node: fx.Node) -> Cost:
     share = sympy.Min(pairs / experts, sympy.Integer(1))
     tokens = nbytes(node) + sum(nbytes(argument) for argument in node.args[:3])
     flops = 2 * pairs * sum(sympy.prod(sizes(weight)[1:]) for weight in weights[:2])
-    return Cost(flops, tokens + share * sum(nbytes(weight) for weight in weights))
+    return Cost(flops, tokens + share * sum(read_bytes(weight) for weight in weights))
 
 
 @define(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from . import attention_ops, moe_ops  # noqa: F401  (their rows of the table)
+from . import attention_ops, moe_ops, quantize_ops  # noqa: F401  (their rows of the table)
 from .graph import sizes
 from .vocabulary import LEGAL, OPS, Cost, Op, define, like, numel, op_of, streamed
 

@@ -24,7 +24,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Op:
-    """One row of the vocabulary."""
+    """One row of the vocabulary.
+
+    kept: of a node whose value kernels never make, since its readers take what it is made of: the bytes of that.
+    """
 
     name: str
     schema: str
@@ -32,6 +35,7 @@ class Op:
     shape: Callable[..., Tensor]
     cost: Callable[[fx.Node], Cost]
     mutates: bool = False
+    kept: Callable[[fx.Node], sympy.Expr] | None = None
 
     @property
     def target(self) -> torch._ops.OpOverload:
@@ -51,10 +55,12 @@ def define(
     shape: Callable[..., Tensor],
     cost: Callable[[fx.Node], Cost],
     dialects: tuple[str, ...] = ("fused", "stateful"),
+    kept: Callable[[fx.Node], sympy.Expr] | None = None,
 ) -> Callable:
     """Register a reference implementation as `torch.ops.effc.<name>`, and add its row to `OPS` and `LEGAL`.
 
     shape: of the result, from fake tensors. cost: of a node that calls the op. dialects: those that may hold it.
+    kept: see `Op`.
     """
 
     def register(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -62,7 +68,7 @@ def define(
         LIBRARY.define(schema)
         LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"effc::{name}", shape, lib=LIBRARY)
-        OPS[name] = Op(name, schema, reference, shape, cost, mutates="(a!)" in schema)
+        OPS[name] = Op(name, schema, reference, shape, cost, mutates="(a!)" in schema, kept=kept)
         for dialect in dialects:
             LEGAL[dialect].add(name)
         return reference
@@ -78,10 +84,16 @@ def nbytes(node: fx.Node) -> sympy.Expr:
     return numel(node) * dtype_of(node).itemsize
 
 
+def read_bytes(node: fx.Node) -> sympy.Expr:
+    """Bytes that a kernel reads for an argument: those of its parts, where it is quantized."""
+    op = op_of(node)
+    return nbytes(node) if op is None or op.kept is None else op.kept(node)
+
+
 def streamed(node: fx.Node, flops: sympy.Expr) -> Cost:
     """The cost of an op that reads each tensor argument once and writes its result once."""
     arguments = [argument for argument in node.all_input_nodes if is_tensor(argument)]
-    return Cost(flops, nbytes(node) + sum(nbytes(argument) for argument in arguments))
+    return Cost(flops, nbytes(node) + sum(read_bytes(argument) for argument in arguments))
 
 
 def like(x: Tensor, *rest: object, **named: object) -> Tensor:

@@ -8,6 +8,8 @@ import pytest
 import sympy
 import torch
 from effc.codegen.table import has_kernel
+from effc.compiler.activation_formats import ACTIVATION_FORMATS, quantize_rows
+from effc.compiler.formats import FORMATS
 from effc.compiler.graph import Graph
 from effc.compiler.ops import ACTIVATIONS, LEGAL, OPS, Cost, op_of
 from torch import Tensor
@@ -119,6 +121,13 @@ CASES: dict[str, dict[str, Callable[[Sizes], Arguments]]] = {
             None, None, "relu(up)",
         ),
     },
+    "dequantize": {
+        name: lambda z, name=name: ([*FORMATS[name].quantize(z.tensor(z.N, 256 * z.B))], name, z.dtype)
+        for name in ("int8", "int4_g32", "int3_g64", "q4_1", "q4_k", "nf4_g64", "fp8_e4m3")
+    },
+    "fake_quantize": {
+        name: lambda z, name=name: (z.tensor(z.B, z.S, z.K + 30), name) for name in ACTIVATION_FORMATS
+    },
 }  # fmt: skip
 """Arguments of every op, in the ways that change what it does."""
 
@@ -145,7 +154,10 @@ def test_every_op_is_tried():
     assert set(CASES) == set(OPS), "add arguments of the new op to CASES"
 
 
-@pytest.mark.parametrize("name", OPS)
+WITHOUT_KERNEL = {"fake_quantize": "a linear that reads it runs on its codes: the kernel comes with those of linears"}
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name not in WITHOUT_KERNEL])
 def test_every_op_has_a_kernel(name):
     assert has_kernel(name), f"{name}: add a template to codegen/table.py or an emitter to codegen/pointwise.py"
 
@@ -195,6 +207,9 @@ def test_cost_counts_every_tensor_once(name, case, generator):
     moved = found.nbytes + sum(value.nbytes for value in tree_leaves(arguments) if isinstance(value, Tensor))
     if name == "kv_write":
         moved = 2 * arguments[1].nbytes
+    if name == "fake_quantize":
+        codes, scales = quantize_rows(arguments[0], ACTIVATION_FORMATS[arguments[1]])
+        moved = arguments[0].nbytes + codes.nbytes + scales.nbytes
     assert cost.bytes == moved
     assert cost.flops >= 0
 
@@ -205,6 +220,22 @@ def test_cost_of_linear_and_attention(generator):
     assert cost_of("linear", CASES["linear"]["plain"](z)).flops == 2 * tokens * z.K * z.N
     assert cost_of("gated_linear", CASES["gated_linear"]["silu"](z)).flops == 2 * tokens * z.K * 2 * z.N
     assert cost_of("attention", CASES["attention"]["causal"](z)).flops == 4 * tokens * z.H * z.S * z.D
+
+
+@pytest.mark.parametrize("format", ["q4_1", "int8", "q6_k", "nf4_g64"])
+def test_cost_of_a_linear_is_that_of_the_parts_it_reads(format, generator):
+    x = torch.randn(2, 3, 512, generator=generator)
+    parts = FORMATS[format].quantize(torch.randn(10, 512, generator=generator))
+
+    def quantized(x: Tensor, *parts: Tensor) -> tuple[Tensor]:
+        weight = effc.dequantize(parts, format, torch.float32)
+        return (effc.linear(effc.fake_quantize(x, "int8_g32"), weight),)
+
+    graph = Graph(make_fx(quantized, tracing_mode="fake")(x, *parts))
+    (linear,) = (node for node in graph.nodes if op_of(node) is OPS["linear"])
+    codes, scales = quantize_rows(x, ACTIVATION_FORMATS["int8_g32"])
+    moved = codes.nbytes + scales.nbytes + sum(part.nbytes for part in parts) + 2 * 3 * 10 * 4
+    assert OPS["linear"].cost(linear) == Cost(2 * x.numel() * 10, moved)
 
 
 def test_rms_norm_is_torchs(generator):

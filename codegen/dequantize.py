@@ -1,0 +1,72 @@
+"""The values of quantized weights inside of pointwise kernels: an embedding reads only the rows that it needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+from ..compiler.formats import Format, find
+from ..compiler.graph import dtype_of
+from .domain import NoKernel
+from .kernel import TL_TYPES
+from .pointwise import RowKernel, Value
+from .pointwise_ops import compute_type, emits
+from .views import Index
+
+effc = torch.ops.effc
+
+
+@emits(effc.dequantize.default)
+def dequantize(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    """scale * (code - zero) + min, in the order of `Format.dequantize`."""
+    format = find(node.args[1])
+    parts = dict(zip(format.part_names, node.args[0]))
+    for name, part in parts.items():
+        if dtype_of(part) not in TL_TYPES:
+            raise NoKernel(f"{name} of {format.name} are {dtype_of(part)}, which has no kernel")
+
+    def at(name: str, run: int | None) -> str:
+        """The part's value for this weight, in fp32; `run` weights share it."""
+        column = index[-1] * 0 if run is None else FloorDiv(index[-1], run)
+        return f"{kernel.value(parts[name], (*index[:-1], column)).name}.to(tl.float32)"
+
+    scale = at("scales", format.group)
+    if format.super_block:
+        scale = kernel.assign("scale", f"{at('super', format.super_block)} * {scale}")
+    value = f"{scale} * {level(kernel, format, parts, index)}"
+    if format.super_block and format.asymmetric:
+        value += f" - {at('super_min', format.super_block)} * {at('mins', format.group)}"
+    elif format.asymmetric:
+        value += f" + {at('mins', format.group)}"
+    dtype = dtype_of(node)
+    wide = compute_type(dtype)
+    return kernel.let(node, value if wide == torch.float32 else f"({value}).to({TL_TYPES[wide]})")
+
+
+def level(kernel: RowKernel, format: Format, parts: dict[str, fx.Node], index: Index) -> str:
+    """What the scale multiplies, fp32: the code less its zero, or the value that it indexes."""
+    code = code_text(kernel, format, parts, index)
+    if format.book is not None:
+        code = kernel.assign("code", code)
+        text = str(format.book[-1])
+        for position, value in reversed([*enumerate(format.book[:-1])]):
+            text = f"tl.where({code} == {position}, {value}, {text})"
+        return text
+    code = f"({code}).to(tl.float32)"
+    return f"({code} - {format.zero}.0)" if format.zero else code
+
+
+def code_text(kernel: RowKernel, format: Format, parts: dict[str, fx.Node], index: Index) -> str:
+    """The code as an integer, put together from its planes."""
+    texts, shift = [], 0
+    for name, width in zip(("codes", "high"), format.planes):
+        per_byte = 8 // width
+        byte = kernel.value(parts[name], (*index[:-1], FloorDiv(index[-1], per_byte))).name
+        if width == 8:
+            return byte
+        place = kernel.index_text(Mod(index[-1], per_byte))
+        bits = f"({byte}.to(tl.int32) >> ({place}) * {width}) & {(1 << width) - 1}"
+        texts.append(f"(({bits}) << {shift})" if shift else f"({bits})")
+        shift += width
+    return " | ".join(texts)
