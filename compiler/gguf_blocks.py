@@ -36,7 +36,7 @@ def split(raw: Tensor, format: Format) -> tuple[Tensor, ...]:
     return tuple(read_part(raw, format, name) for name in format.part_names)
 
 
-ROWS_AT_ONCE = 1 << 20
+BYTES_AT_ONCE = 1 << 20
 """Bytes of blocks that are taken apart at once: what lies between file and part stays small."""
 
 
@@ -52,7 +52,7 @@ def read_part(raw: Tensor, format: Format, name: str) -> Tensor:
     blocks = raw.reshape(-1, block.nbytes)
     columns = shape[1] // (row_bytes // block.nbytes)
     out = torch.empty((blocks.shape[0], columns), dtype=dtype)
-    step = max(1, ROWS_AT_ONCE // block.nbytes)
+    step = max(1, BYTES_AT_ONCE // block.nbytes)
     for start in range(0, blocks.shape[0], step):
         out[start : start + step] = block.parts[name](blocks[start : start + step])
     return out.reshape(*raw.shape[:-1], shape[1])
