@@ -314,8 +314,15 @@ def test_what_a_cpu_cannot_do_is_refused_with_the_line():
         y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
         tl.store(x_ptr + i, y)
 
-    with pytest.raises(UnsupportedKernel, match=r"test_triton_cpu\.py:\d+: tt\.elementwise_inline_asm"):
-        kernel[(1,)](torch.zeros(16, dtype=torch.int32))
+    @triton.jit
+    def clock_kernel(x_ptr):
+        tl.store(x_ptr, tl.extra.cuda.globaltimer())
+
+    x = torch.zeros(16, dtype=torch.int32)
+    with pytest.raises(UnsupportedKernel, match=r"^kernel kernel: .*test_triton_cpu\.py:\d+: tt\.elementwise_inline_asm"):
+        kernel[(1,)](x)
+    with pytest.raises(UnsupportedKernel, match=r"^kernel clock_kernel: .*py:\d+: tt\.elementwise_inline_asm"):
+        clock_kernel[(1,)](x)
     with pytest.raises(UnsupportedKernel, match="launch_cooperative_grid"):
         add_kernel[(8,)](*[torch.zeros(N)] * 3, N, launch_cooperative_grid=True)
     with pytest.raises(KeyError, match="nonsense"):
@@ -391,6 +398,15 @@ def test_kernels_compile_side_by_side_where_triton_is_asked_to():
 # --- threads -----------------------------------------------------------------------------------------------------
 
 
+def run_at_once(work, arguments):
+    """work(argument) for each, every one in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_two_python_threads_launch_at_once():
     failures = []
 
@@ -402,12 +418,36 @@ def test_two_python_threads_launch_at_once():
             if not torch.equal(out[:n], 2 * x[:n]):
                 failures.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_at_once(work, range(4))
     assert failures == []
+
+
+def test_each_thread_is_told_the_failures_of_its_own_launches():
+    @triton.jit
+    def kernel(x_ptr, out_ptr, n, LIMIT: tl.constexpr):
+        at = tl.program_id(0)
+        total = 0.0
+        for k in range(n):
+            total += tl.load(x_ptr + k)
+        tl.device_assert(total < LIMIT, "too large")
+        tl.store(out_ptr + at, total)
+
+    wrong = []
+
+    def work(fill):
+        x, out = torch.full((50000,), float(fill)), torch.empty(16)
+        for _ in range(20):
+            out.fill_(-1)
+            try:
+                kernel[(16,)](x, out, len(x), LIMIT=100.0, debug=True)
+                failed = False
+            except KernelFailed:
+                failed = True
+            if failed != bool(fill) or (not fill and out.count_nonzero()):
+                wrong.append(fill)
+
+    run_at_once(work, (0, 1, 0, 1))
+    assert wrong == []
 
 
 # --- on and off --------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...compiler.errors import InputError, KernelFailed, OutOfBounds, ToolchainError
+from ...compiler.errors import InputError, KernelFailed, OutOfBounds, ToolchainError, UnsupportedKernel
 from .build import build_library, with_prelude
 from .c_types import scalar_type
 from .check import extent, insert_checks
 from .emit import KernelPrinter
-from .parse import parse_module
+from .parse import kernel_name, parse_module
 from .target import CpuTarget, host_target
 from .ttir import make_ttir
 
@@ -21,6 +21,9 @@ STRUCT_CODES = {"float": "f", "double": "d", "bool": "?", "int8_t": "b", "int16_
 """C type -> code of Python's struct module; pointers are "P"."""
 
 GRID_CODES = "4i"  # programs along x, y, z, and threads
+REPORTS = "report::"
+"""What C++ that may fail, or prints, has in it."""
+
 EXTENT_CODES = "qq"  # where a tensor begins and ends, for each pointer in debug mode
 
 
@@ -59,11 +62,15 @@ def lower(
 
 def print_kernel(ttir: str, target: CpuTarget, name: str | None = None) -> CppKernel:
     """Triton IR text, optimized and with locations, to C++."""
-    function = parse_module(ttir)
-    if target.checked:
-        insert_checks(function)
-    printer = KernelPrinter(function, name or function.name, target.lanes, target.checked)
-    cpp = printer.print()
+    try:
+        function = parse_module(ttir)
+        if target.checked:
+            insert_checks(function)
+        printer = KernelPrinter(function, name or function.name, target.lanes, target.checked)
+        cpp = printer.print()
+    except UnsupportedKernel as error:
+        error.args = (f"kernel {name or kernel_name(ttir)}: {error}", *error.args[1:])
+        raise
     params = tuple((arg.name, scalar_type(arg.type)) for arg in function.args)
     return CppKernel(printer.name, params, ttir, cpp, printer.scratch_bytes, target.checked)
 
@@ -76,8 +83,8 @@ struct Launch {{
 extern "C" __attribute__((visibility("default"))) void launch(const Launch *launch) {{
   const int32_t num_x = launch->num_x, num_y = launch->num_y, num_z = launch->num_z, threads = launch->threads;
   const int64_t programs = (int64_t)num_x * num_y * num_z;
-  for_each(programs, threads, [=](int64_t p) {{
-    {name}({args}{extents}p % num_x, p / num_x % num_y, p / num_x / num_y, num_x, num_y, num_z);
+{outcome}  for_each(programs, threads, [=](int64_t p) {{
+{told}    {name}({args}{extents}p % num_x, p / num_x % num_y, p / num_x / num_y, num_x, num_y, num_z);
   }});
 }}
 """
@@ -91,7 +98,11 @@ def launcher(kernel: CppKernel) -> str:
     if kernel.checked:
         fields += f"  check::Extent extents[{max(1, pointers(kernel))}];\n"
         extents = "launch->extents, "
-    return LAUNCHER.format(fields=fields, args=args, extents=extents, name=kernel.name)
+    outcome = told = ""
+    if REPORTS in kernel.cpp:
+        outcome = "  report::Outcome *const outcome = &report::own;\n"
+        told = "    report::launched = outcome;\n"
+    return LAUNCHER.format(fields=fields, args=args, extents=extents, name=kernel.name, outcome=outcome, told=told)
 
 
 def pointers(kernel: CppKernel) -> int:
@@ -123,7 +134,7 @@ def load_launcher(cpp: str, target: CpuTarget, cache_dir: Path) -> Callable[[byt
     function = loaded.launch
     function.restype = None
     function.argtypes = [ctypes.c_char_p]
-    return raising(function, loaded.take_failure) if "report::" in cpp else function
+    return raising(function, loaded.take_failure) if REPORTS in cpp else function
 
 
 def raising(function: Callable[[bytes], None], take_failure) -> Callable[[bytes], None]:

@@ -65,6 +65,12 @@ def types_in(text: str) -> list[Type]:
     return [parse_type(match) for match in TYPE.finditer(text)]
 
 
+def kernel_name(text: str) -> str:
+    """The name of a module's kernel, its first function."""
+    found = re.search(r"tt\.func .*?" + CALLEE.pattern, text)
+    return found[1].strip('"') if found else "?"
+
+
 def parse_module(text: str) -> Function:
     """The kernel in a module inlined to one function. Raises UnsupportedKernel where the text is not understood."""
     return Parser(text).parse()
@@ -304,7 +310,9 @@ class Parser:
         colon = body.rfind(" : ")
         while colon > 0 and body[:colon].count("{") != body[:colon].count("}"):
             colon = body.rfind(" : ", 0, colon)
-        head, tail = (body[:colon], body[colon + 3 :]) if colon >= 0 else (body, "")
+        if colon < 0:  # what has no operands may have results: tt.elementwise_inline_asm "..." {...} -> i64
+            colon = body.rfind(" -> ")
+        head, tail = (body[:colon], body[colon:]) if colon >= 0 else (body, "")
         plain_head = re.sub(r"\{.*\}|<\{.*\}>", "", head)
         op.operands = [self.lookup(name) for name in OPERAND.findall(plain_head)]
         op.attrs["template"] = OPERAND.sub("%", plain_head)
