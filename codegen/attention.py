@@ -1,7 +1,8 @@
 """Attention: a tiled kernel for many queries, and a split-K pair of kernels for one query per row.
 
-What causality and a window hide is not read at all. Query heads that share a key/value head (GQA) are processed
-together while decoding (Flash-Decoding, Dao et al., 2023). The kernels' text is in `attention_kernels`.
+Blocks of keys that no query of a program can see are not read (`key_range`). Query heads that share a key/value head
+(GQA) are processed together while decoding (Flash-Decoding, Dao et al., 2023). The kernels' text is in
+`attention_kernels`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .attention_kernels import COMBINE, SPLIT, TILED
 from .domain import NoKernel
 from .index_code import IndexCode
 from .kernel import TL_TYPES, Launch, Layout, contiguous_strides
+from .key_range import bounds_of, range_values, ring_values
 from .scope import Scope
 from .target import Target
 from .template import Arguments, power_of_two
@@ -107,8 +109,13 @@ def output_layout(scope: Scope, node: fx.Node) -> Layout:
 # --- what the kernels are told -----------------------------------------------------------------------------------
 
 
-def shared_values(attention: Attention, arguments: Arguments, indices: dict[str, str]) -> dict[str, Any]:
-    """Template values of the loop over keys. indices: what the kernel calls b, h, q and k, as [rows, keys]."""
+def shared_values(
+    attention: Attention, arguments: Arguments, indices: dict[str, str], queries: dict[str, str], block: int
+) -> dict[str, Any]:
+    """Template values of the keys to read and the loop over them.
+
+    indices: what the kernel calls b, h, q and k, as [rows, keys]. queries, block: as in `range_values`.
+    """
     batch, heads = sizes(attention.operands["q"])[:2]
     operands, layouts = attention.operands, attention.layouts
     for name in TENSORS:
@@ -121,13 +128,19 @@ def shared_values(attention: Attention, arguments: Arguments, indices: dict[str,
     def strides(name: str, layout: Layout, axes: str = "bhs") -> list[str]:
         return [arguments.size(f"{name}_stride_{axis}", stride) for axis, stride in zip(axes, layout.strides)]
 
+    ring, causal = operands.get("ring"), attention.cached or bool(operands["causal"])
+    t = arguments.size("T", sizes(operands["k"])[2]) if ring is not None or not attention.cached else ""
+    bounds = bounds_of(operands, causal, tuple(table.buffer.dtype for table in attention.tables))
     values: dict[str, Any] = {
         **{name: strides(name, layouts[name]) for name in "qkv"},
+        **(range_values(bounds, code, queries, t, block) if ring is None else ring_values(t)),
+        "causal": causal,
+        "t": t,
         "heads": attention.heads,
         "groups": attention.groups,
         "ratio": attention.heads // attention.groups,
         "window": operands["window"],
-        "ring": operands.get("ring"),
+        "ring": ring,
         "k_at": attention.key_index.removesuffix("[None, :]"),
         "key_mask": "key_mask" in layouts,
         "mask": None,
@@ -181,7 +194,7 @@ def head_block(size: int, target: Target) -> int:
     return max(power_of_two(size), target.min_dot_size)
 
 
-def bounds(attention: Attention, rows: str) -> dict[str, str]:
+def access_masks(attention: Attention, rows: str) -> dict[str, str]:
     """The masks of loads and stores; the lanes of a head size that does not fill its block are named in them.
 
     rows: the condition for a row of queries to exist.
@@ -214,18 +227,23 @@ def constants(attention: Attention, arguments: Arguments, **blocks: int) -> None
 def tiled(attention: Attention) -> Launch:
     """Each program computes a tile of queries of one head."""
     operands, layouts, arguments = attention.operands, attention.layouts, Arguments()
+    s = arguments.size("S", sizes(operands["q"])[2])
+    block_m, block_n = attention.target.attention
     names = {"b": "batch", "h": "head", "q": "q_at[:, None]", "k": attention.key_index}
-    values = shared_values(attention, arguments, names)
+    past = "past + " if attention.cached else ""
+    queries = {
+        "first_q": f"{past}tl.program_id(1) * BLOCK_M",
+        "last_q": f"{past}tl.minimum(tl.program_id(1) * BLOCK_M + BLOCK_M, {s}) - 1",
+    }
+    values = shared_values(attention, arguments, names, queries, block_n)
     arguments.pointer("out_ptr", attention.out)
     values |= result_values(attention, arguments)
-    s, t = arguments.size("S", sizes(operands["q"])[2]), arguments.size("T", sizes(operands["k"])[2])
     if "mask" in layouts:
         mask = layouts["mask"]
         broadcast = [0 if size == 1 else stride for size, stride in zip(mask.sizes, mask.strides)]
         broadcast = [0] * (4 - len(broadcast)) + broadcast
         values["mask"] = "float" if attention.float_mask else "bool"
         values["mk"] = [arguments.size(f"mask_stride_{i}", x) for i, x in enumerate(broadcast)]
-    block_m, block_n = attention.target.attention
     constants(attention, arguments, BLOCK_M=block_m, BLOCK_N=block_n)
     batch, heads, length = sizes(operands["q"])[:3]
     return arguments.launch(
@@ -235,10 +253,9 @@ def tiled(attention: Attention) -> Launch:
         (attention.node.name,),
         tiled=True,
         cached=attention.cached,
-        causal=attention.cached or bool(operands["causal"]),
+        loop=("0", "last_key - skipped") if values["kept"] else ("first_key", "last_key"),
         s=s,
-        t=t,
-        **bounds(attention, f"(row[:, None] < {s})"),
+        **access_masks(attention, f"(row[:, None] < {s})"),
         **values,
     )
 
@@ -270,10 +287,9 @@ def lower_split(scope: Scope, attention: Attention) -> None:
 def split(attention: Attention, scratch: dict[str, Layout]) -> Launch:
     target, arguments = attention.target, Arguments()
     names = {"b": "batch", "h": "head[:, None]", "q": "q_at", "k": attention.key_index}
-    values = shared_values(attention, arguments, names)
+    values = shared_values(attention, arguments, names, {}, target.decode_keys)
     for name, layout in scratch.items():
         arguments.pointer(f"{name}_ptr", layout)
-    t = arguments.size("T", sizes(attention.operands["k"])[2]) if values["ring"] is not None else None
     ratio = values["ratio"]
     block_h = max(power_of_two(ratio), target.min_dot_size)
     constants(attention, arguments, BLOCK_H=block_h, BLOCK_N=target.decode_keys)
@@ -284,9 +300,9 @@ def split(attention: Attention, scratch: dict[str, Layout]) -> Launch:
         (attention.node.name,),
         splits=target.splits,
         tiled=False,
-        t=t,
+        loop=("first", "last"),
         value_size=attention.value_size,
         masks_v=attention.value_size != head_block(attention.value_size, target),
-        **bounds(attention, f"(member[:, None] < {ratio})"),
+        **access_masks(attention, f"(member[:, None] < {ratio})"),
         **values,
     )

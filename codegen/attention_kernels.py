@@ -9,10 +9,32 @@ from __future__ import annotations
 
 from .pointwise_ops import TANH_NEAR
 
+KEY_RANGE = """\
+#% for line in lines_before
+    {{ line }}
+#% endfor
+#% for line in range_lines
+    {{ line }}
+#% endfor
+    first_key = {{ first_key }}
+    last_key = {{ last_key }}
+#% if kept
+    skipped = tl.maximum(first_key - {{ kept }}, 0)
+#% endif
+"""
+"""The slots that hold keys which a program's queries can see: from first_key to last_key, which is not one of them.
+
+With {{ kept }} > 0 the first {{ kept }} slots are among them too, and `skipped` lie between.
+"""
+
 KEY_BLOCKS = (
     """
-    for first in range(first_key, last_key, BLOCK_N):
-        at = first + key
+    for start in range({{ loop[0] }}, {{ loop[1] }}, BLOCK_N):
+#% if kept
+        at = start + tl.where(start < {{ kept }}, 0, skipped) + key
+#% else
+        at = start + key
+#% endif
 #% if ring is not none
         k_at = last_at - (last_at - at) % ({{ t }} - {{ ring }})
 #% if ring
@@ -49,8 +71,8 @@ KEY_BLOCKS = (
 #% endif
 #% if tiled and window
         visible = visible & ({{ k_at }}[None, :] > q_at[:, None] - {{ window }})
-#% elif ring is not none and window
-        visible = visible & (k_at[None, :] > q_at - {{ window }})
+#% elif window and (kept or ring is not none)
+        visible = visible & ({{ k_at }}[None, :] > q_at - {{ window }})
 #% endif
 #% if condition
         visible = visible & {{ condition }}
@@ -77,10 +99,11 @@ KEY_BLOCKS = (
         largest = new_largest
 """
 )
-"""The loop over keys. Defined before it: q, its position q_at, first_key and last_key, largest, total and out.
+"""The loop over keys, which does not count those skipped. Defined before it: q, its position q_at, the range of keys,
+largest, total and out.
 
-first_key and last_key bound the slots to read. `k_at` is the position of a slot's key; in a ring, whose slots from
-{{ ring }} on are used in turn, that is the last one up to last_at, the last position written, that fell there.
+`k_at` is the position of a slot's key; in a ring, whose slots from {{ ring }} on are used in turn, that is the last one
+up to last_at, the last position written, that fell there.
 """
 
 TILED = (
@@ -102,29 +125,15 @@ def {{ name }}({{ header }}):
 #% if cached
     past = tl.load(past_ptr + batch).to(tl.int32)
     q_at = past + row
-#% if ring is not none
-    last_at = past + {{ s }} - 1
-    last_key = tl.minimum(last_at + 1, {{ t }})
-#% else
-    last_key = past + tl.minimum(tl.program_id(1) * BLOCK_M + BLOCK_M, {{ s }})
-#% endif
 #% else
     q_at = row
-#% if causal
-    last_key = tl.minimum(tl.minimum(tl.program_id(1) * BLOCK_M + BLOCK_M, {{ s }}), {{ t }})
-#% else
-    last_key = {{ t }}
 #% endif
+#% if ring is not none
+    last_at = past + {{ s }} - 1
 #% endif
-#% if window and ring is none
-    first_key = tl.maximum({{ "past + " if cached }}tl.program_id(1) * BLOCK_M - {{ window - 1 }}, 0)
-#% else
-    first_key = 0
-#% endif
-#% for line in lines_before
-    {{ line }}
-#% endfor
-
+"""
+    + KEY_RANGE
+    + """
     q = tl.load(q_tile, mask={{ q_mask }}, other=0.0)
 #% if sinks
     sink = tl.load(sinks_ptr + {{ sink_place }}).to(tl.float32){{ to_base }}
@@ -161,22 +170,19 @@ def {{ name }}({{ header }}):
     q_at = tl.load(past_ptr + batch).to(tl.int32)
 #% if ring is not none
     last_at = q_at
-    length = tl.minimum(q_at + 1, {{ t }})
-#% else
-    length = q_at + 1
 #% endif
-#% if window and ring is none
-    oldest = tl.maximum(length - {{ window }}, 0)
-    share = tl.cdiv(tl.cdiv(length - oldest, {{ splits }}), BLOCK_N) * BLOCK_N
-    first_key = oldest + split * share
+"""
+    + KEY_RANGE
+    + """
+#% if kept
+    share = tl.cdiv(tl.cdiv(last_key - skipped, {{ splits }}), BLOCK_N) * BLOCK_N
+    first = split * share
+    last = tl.minimum(first + share, last_key - skipped)
 #% else
-    share = tl.cdiv(tl.cdiv(length, {{ splits }}), BLOCK_N) * BLOCK_N
-    first_key = split * share
+    share = tl.cdiv(tl.cdiv(last_key - first_key, {{ splits }}), BLOCK_N) * BLOCK_N
+    first = first_key + split * share
+    last = tl.minimum(first + share, last_key)
 #% endif
-    last_key = tl.minimum(first_key + share, length)
-#% for line in lines_before
-    {{ line }}
-#% endfor
 
     q = tl.load(q_ptr + batch * {{ q[0] }} + head[:, None] * {{ q[1] }} + dim[None, :], mask={{ q_mask }}, other=0.0)
 #% if sinks

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import sympy
@@ -90,6 +91,12 @@ class IndexCode:
             arguments.pointer(f"t{number}_ptr", table)
             self.sizes.append([arguments.size(f"t{number}_size_{i}", x) for i, x in enumerate(table.sizes)])
             self.strides.append([arguments.size(f"t{number}_stride_{i}", x) for i, x in enumerate(table.strides)])
+
+    def with_names(self, names: Mapping[str, str]) -> IndexCode:
+        """The same printer with other names for some indices."""
+        other = copy(self)
+        other.names = {**self.names, **names}
+        return other
 
     def text(self, expression: str) -> str:
         return self.code(parse(expression)).text

@@ -1,4 +1,4 @@
-"""Expressions over the indices of scores: sympy to text and back, and the keys that a condition leaves in reach."""
+"""Expressions over the indices of scores: sympy to text and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import sympy
 import torch
 from effc.compiler.index_expressions import INDICES, evaluate, parse
-from effc.compiler.index_text import SYMBOLS, NoText, Writer, from_text, key_bounds
+from effc.compiler.index_text import SYMBOLS, NoText, Writer, from_text
 from torch import fx
 
 SHAPES = {"slopes": (4,), "count": (3, 9), "document": (3, 9)}
@@ -101,38 +101,3 @@ def test_what_has_no_text_is_said():
     for text in ("x + 1", "k + q.size", "f(k)", "k if q else h", "t[0]"):
         with pytest.raises(ValueError, match="expected"):
             parse(text)
-
-
-BOUNDS = {
-    "k <= q": (None, "q"),
-    "k < q": (None, "q - 1"),
-    "k > q - 4": ("q - 3", None),
-    "(k <= q) & (k >= q - 3)": ("q - 3", "q"),
-    "(k <= q) | (k < 16)": (None, "maximum(15, q)"),
-    "(k // 4 == q // 4) & (k <= q)": ("q // 4 * 4", "minimum(q, q // 4 * 4 + 3)"),
-    "(k <= q) & (t0[b, k] == t0[b, q])": (None, "q"),
-    "(k <= q) | (t0[b, k] == t0[b, q])": (None, None),
-    "k <= t0[q]": (None, None),
-    "k + q < 9": (None, None),
-    "k >= 3": ("3", None),
-}
-
-
-@pytest.mark.parametrize("text", BOUNDS)
-def test_keys_in_reach(text):
-    assert key_bounds(text) == BOUNDS[text]
-
-
-@pytest.mark.parametrize("text", BOUNDS)
-def test_no_visible_key_is_out_of_reach_of_a_block_of_queries(text):
-    lowest, highest = key_bounds(text)
-    tables = [torch.arange(20).view(2, 10)] if "t0[b" in text else [torch.arange(20) % 7]
-    place = torch.arange(20)
-    indices = {"b": torch.tensor(0), "h": torch.tensor(0), "q": place[:, None], "k": place[None, :]}
-    visible = evaluate(text, indices, tables).expand(20, 20)
-    for first in range(0, 20, 5):
-        keys = torch.nonzero(visible[first : first + 5].any(0)).flatten()
-        for bound, query, sign in ((lowest, first, 1), (highest, first + 4, -1)):
-            if bound is not None:
-                limit = evaluate(bound, indices | {"q": torch.tensor(query)}, [])
-                assert bool((sign * keys >= sign * limit).all())
