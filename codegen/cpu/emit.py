@@ -84,8 +84,7 @@ class KernelPrinter:
         self.scratch_bytes += -(-value_type.numel * array_bytes(value_type) // 64) * 64
         if self.scratch_bytes > SCRATCH_LIMIT:
             raise TooLargeKernel(
-                f"the arrays of its blocks need more than {SCRATCH_LIMIT >> 20} MiB on CPU;"
-                " use smaller blocks",
+                f"the arrays of its blocks need more than {SCRATCH_LIMIT >> 20} MiB on CPU; use smaller blocks",
                 self.scratch_bytes,
                 SCRATCH_LIMIT,
             )
