@@ -31,6 +31,7 @@ from .compiler.evaluate import evaluate
 from .compiler.files import read_sealed, sealed, unsealed, write_atomically
 from .compiler.load import LoadedModel
 from .compiler.options import check_ring, check_rounding, check_stream
+from .compiler.schemes import scheme_of
 from .compiler.weights import Weight
 from .runtime import decode, store
 from .runtime.kv_cache import Ring, State
@@ -252,6 +253,7 @@ def compile(
     ring: int | None = None,
     stream: tuple[int, int] | None = None,
     rounding: str = "eager",
+    quantize: str = "none",
 ) -> Program:
     """Compile a causal language model for inference.
 
@@ -267,11 +269,16 @@ def compile(
     rounding: of bf16 within a kernel: "eager", where eager PyTorch rounds, or "fp32", nowhere but where values are
     stored, which is nearer to the exact result and not eager's.
 
+    quantize: "stored" computes with the blocks that a quantized file has, and with activations of 8 bits in groups of
+    32. "w8a8", "w4a8", "w8", "w4" or a format ("int4_g128") round the weights of linears to fewer bits, with "a8" the
+    activations too. "none": in `dtype`.
+
     Raises ModelError for a model that cannot be found, read or compiled.
     """
     check_rounding(rounding)
     ring = None if ring is None else check_ring(ring)
     stream = None if stream is None else check_stream(stream)
+    scheme_of(quantize)
     if not isinstance(model, str | Path | nn.Module | LoadedModel):
         raise InputError(f"expected the name or path of a model, or a model, found {type(model).__name__}")
     if isinstance(skip, str):
@@ -287,7 +294,7 @@ def compile(
 
         ring = DEFAULT_SPARE if ring is None else ring
         warnings.warn(Seen(*stream).warning, OptionWarning, stacklevel=2)
-    options = Options(None if passes is None else tuple(passes), tuple(skip), ring, stream, rounding)
+    options = Options(None if passes is None else tuple(passes), tuple(skip), ring, stream, rounding, quantize)
     return Program(model, options, None if dump is None else Path(dump))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .codegen.executable import Manifest
 from .compiler.load import LoadedModel
+from .compiler.schemes import scheme_of
 from .compiler.weights import Weight
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Options:
     ring: int | None = None
     stream: tuple[int, int] | None = None
     rounding: str = "eager"
+    quantize: str = "none"
 
     @property
     def identity(self) -> str | None:
@@ -92,7 +94,8 @@ class Stages:
             elif not padded:
                 base, passes = self.graph("forward", True), pipeline.UNPADDED
             else:
-                base, passes = self.traced, self.options.passes or pipeline.PASSES
+                base = self.traced
+                passes = pipeline.quantized(self.options.passes or pipeline.PASSES, scheme_of(self.options.quantize))
             start = time.perf_counter()
             name = f"{kind}-padded" if padded else kind
             folder = None if self.dump is None else self.dump / name

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .formats import find
+from .quantized_weights import Dequantize, Quantize
 from .weights import (
     Add,
     Call,
@@ -58,6 +60,10 @@ def evaluate(weight: Weight, source: TensorSource, out: Tensor | None = None) ->
             return evaluate(weight.left, source) * evaluate(weight.right, source)
         case Call():
             return _call(weight, source)
+        case Dequantize():
+            return find(weight.format).dequantize([evaluate(part, source) for part in weight.parts], weight.dtype)
+        case Quantize():
+            return _quantized_part(weight, source)
         case Concat() | Pack() | Cast():
             return evaluate(weight, source, torch.empty(weight.shape, dtype=weight.dtype))
     raise TypeError(f"expected a weight recipe, found {type(weight).__name__}")
@@ -74,6 +80,11 @@ def _call(weight: Call, source: TensorSource) -> Tensor:
     namespace, name, overload = weight.op.split(".")
     function = getattr(getattr(getattr(torch.ops, namespace), name), overload)
     return function(*(evaluate(arg, source) if isinstance(arg, Weight) else arg for arg in weight.args))
+
+
+def _quantized_part(weight: Quantize, source: TensorSource) -> Tensor:
+    format = find(weight.format)
+    return format.quantize(evaluate(weight.source, source).float())[format.part_names.index(weight.name)]
 
 
 def _write(weight: Weight, source: TensorSource, out: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import fx
 from .graph import Graph, is_tensor
 from .pattern import CASTS, arguments
 from .rewrite import add_weight
-from .weights import Add, Call, Cast, Concat, Constant, Multiply, Reshape, Slice, Transpose, Weight
+from .weights import Add, Call, Cast, Concat, Constant, Multiply, Reshape, Slice, Weight, transposed
 
 aten = torch.ops.aten
 
@@ -144,13 +144,6 @@ def static(node: fx.Node) -> bool:
 
 def cast_to(source: Weight, dtype: torch.dtype) -> Weight:
     return source if source.dtype == dtype else Cast(source, dtype)
-
-
-def transposed(source: Weight, dims: tuple[int, ...]) -> Weight:
-    """`source` permuted; two permutations that undo each other vanish."""
-    if isinstance(source, Transpose):
-        source, dims = source.source, tuple(source.dims[dim] for dim in dims)
-    return source if dims == tuple(range(len(dims))) else Transpose(source, dims)
 
 
 def permutation(node: fx.Node) -> tuple[int, ...]:

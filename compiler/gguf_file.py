@@ -11,13 +11,16 @@ import struct
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import ModelError, one_line
-from .weights import Add, Concat, Constant, Read, Reshape, Shape, Transpose, Weight, read
+from .formats import Format
+from .gguf_blocks import format_of, read_part
+from .quantized_weights import Dequantize
+from .weights import Add, Concat, Constant, Reshape, Shape, Transpose, Weight, read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,8 +28,20 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 
 
+class Part(NamedTuple):
+    """One part of a tensor that is kept in blocks."""
+
+    tensor: str
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+
+
 class GgufSource:
-    """The tensors of a GGUF file under the file's own names, mapped into memory and dequantized to fp32 when read.
+    """The tensors of a GGUF file under the file's own names, mapped into memory.
+
+    What is kept in blocks of a known format is not one tensor but its parts: NAME.codes, NAME.scales, ... (see
+    `stored`). Other tensors are fp32 when read.
 
     architecture: `general.architecture`, the family as llama.cpp names it.
     Raises ModelError where the file is missing, is no GGUF file, or is shorter than its header says.
@@ -50,10 +65,16 @@ class GgufSource:
                 f"({one_line(error)}); get the file again"
             ) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._parts = {
+            f"{name}.{part}": Part(name, part, (*self._size(name)[:-2], *shape), dtype)
+            for name in self._tensors
+            if (known := self.format(name)) is not None
+            for part, (shape, dtype) in known.part_shapes(*self._size(name)[-2:]).items()
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
+        return (*(name for name in self._tensors if self.format(name) is None), *self._parts)
 
     def field(self, key: str, default: Any = None) -> Any:
         """A scalar or text of the file's metadata."""
@@ -61,18 +82,38 @@ class GgufSource:
         return default if field is None else field.contents()
 
     def quantization(self, name: str) -> str:
-        """The block format that the file keeps `name` in: F32, F16, Q8_0, Q4_1, ..."""
+        """The block format that the file keeps `name` in, as GGUF spells it: F32, F16, Q8_0, Q4_1, ..."""
         return self._tensors[name].tensor_type.name
 
-    def shape(self, name: str) -> Shape:
+    def format(self, name: str) -> Format | None:
+        """The format of a tensor in blocks; None for floating point, and for blocks that are read as fp32."""
+        return format_of(self.quantization(name))
+
+    def stored(self, name: str) -> Weight | None:
+        """The recipe for the tensor `name` of the file, in fp32; None where there is no such tensor."""
+        if name not in self._tensors:
+            return None
+        found = self.format(name)
+        if found is None:
+            return read(self, name)
+        parts = tuple(read(self, f"{name}.{part}") for part in found.part_names)
+        return Dequantize(parts, found.name, self._size(name), torch.float32)
+
+    def _size(self, name: str) -> Shape:
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
+    def shape(self, name: str) -> Shape:
+        return self._parts[name].shape if name in self._parts else self._size(name)
+
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32
+        return self._parts[name].dtype if name in self._parts else torch.float32
 
     def read(self, name: str) -> Tensor:
         from gguf.quants import dequantize
 
+        if name in self._parts:
+            part = self._parts[name]
+            return read_part(torch.from_numpy(self._tensors[part.tensor].data), self.format(part.tensor), part.name)
         tensor = self._tensors[name]
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
@@ -215,13 +256,13 @@ class GgufNames:
         """The file's tensor for a module path, with what the converter did to it undone."""
         for path in _paths(base):
             stored = self._map.get_name(path)
-            if stored is not None and stored + suffix in self._source.names:
-                return self._undone(read(self._source, stored + suffix))
+            if stored is not None and (weight := self._source.stored(stored + suffix)) is not None:
+                return self._undone(stored + suffix, weight)
         return None
 
-    def _undone(self, weight: Read) -> Weight:
+    def _undone(self, name: str, weight: Weight) -> Weight:
         for pattern, undo in LAYOUTS[self._source.architecture]:
-            if re.search(pattern, weight.name):
+            if re.search(pattern, name):
                 return undo(weight, self._config)
         return weight
 

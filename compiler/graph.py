@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import fx
 
-from .weights import Weight
+from .weights import Weight, substitute
 
 DIALECTS = ("traced", "fused", "stateful")
 
@@ -32,6 +32,8 @@ class Graph:
     notes: what passes want a reader to know (near-misses, refusals), in order.
     rings: state -> (kept, window) where slots are used in turn: the first tokens that it keeps, and a window of others.
     max_length: the most tokens per row that the graph computes rightly, where the model bounds them.
+    files: what stands for the names that the recipes read, over the tensors of the model's file; empty where the names
+    are the file's own.
     """
 
     module: fx.GraphModule
@@ -42,6 +44,7 @@ class Graph:
     notes: list[str] = field(default_factory=list)
     rings: dict[str, tuple[int, int]] = field(default_factory=dict)
     max_length: int | None = None
+    files: Mapping[str, Weight] = field(default_factory=dict, repr=False)
 
     @property
     def fx(self) -> fx.Graph:
@@ -72,6 +75,10 @@ class Graph:
             if node.name == name:
                 return node
         raise KeyError(f"graph {self.name!r} has no placeholder {name!r}")
+
+    def stored_as(self, weight: fx.Node) -> Weight:
+        """The recipe of a weight over the tensors of the model's file."""
+        return substitute(self.weights[weight.name], self.files)
 
     def limit_length(self, length: int, reason: str) -> None:
         """Bound the tokens per row, and say why."""

@@ -65,13 +65,17 @@ class Miss:
 
 @dataclass
 class PassResult:
-    """What a pass did: how often its rules applied, and near-misses with reasons."""
+    """What a pass did: how often its rules applied, and near-misses with reasons.
+
+    inexact: why values change, for a pass that is meant to change them; None for a rewrite that keeps every value.
+    """
 
     matches: int = 0
     misses: list[Miss] = field(default_factory=list)
+    inexact: str | None = None
 
     def __add__(self, other: PassResult) -> PassResult:
-        return PassResult(self.matches + other.matches, self.misses + other.misses)
+        return PassResult(self.matches + other.matches, self.misses + other.misses, self.inexact or other.inexact)
 
 
 class Match:

@@ -41,7 +41,8 @@ class MappedSource:
     """A source under other names: each name is a recipe over the tensors of `base`.
 
     A file's own layout (GGUF's names, permuted rows, a tied head) is one such mapping. `recipes` stays readable, so a
-    pass can look through a name at what the file holds, blocks of a quantized format included.
+    pass can look through a name at what the file holds, blocks of a quantized format included; other names are those
+    of `base`.
     """
 
     def __init__(self, base: TensorSource, recipes: Mapping[str, Weight]) -> None:
@@ -53,13 +54,13 @@ class MappedSource:
         return tuple(self.recipes)
 
     def shape(self, name: str) -> Shape:
-        return self.recipes[name].shape
+        return self.recipes[name].shape if name in self.recipes else self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.recipes[name].dtype
+        return self.recipes[name].dtype if name in self.recipes else self.base.dtype(name)
 
     def read(self, name: str) -> Tensor:
-        return evaluate(self.recipes[name], self.base)
+        return evaluate(self.recipes[name], self.base) if name in self.recipes else self.base.read(name)
 
     def resolve(self, weight: Weight) -> Weight:
         """The same tensor as a recipe over `base`: every name replaced by what stands for it."""

@@ -295,7 +295,7 @@ def _to_graph(
         node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
         _forget_real(node.meta.get("val"))
     module = fx.GraphModule(program.graph_module, nodes)
-    return Graph(module, name=name, weights=weights)
+    return Graph(module, name=name, weights=weights, files=getattr(source, "recipes", {}))
 
 
 def _forget_real(value: Any) -> None:

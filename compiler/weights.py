@@ -332,6 +332,13 @@ def read(source: TensorSource, name: str) -> Read:
     return Read(name, source.shape(name), source.dtype(name))
 
 
+def transposed(source: Weight, dims: tuple[int, ...]) -> Weight:
+    """`source` permuted; two permutations that undo each other vanish."""
+    if isinstance(source, Transpose):
+        source, dims = source.source, tuple(source.dims[dim] for dim in dims)
+    return source if dims == tuple(range(len(dims))) else Transpose(source, dims)
+
+
 def substitute(weight: Weight, recipes: Mapping[str, Weight]) -> Weight:
     """`weight` with each Read of a name in `recipes` replaced by that recipe."""
     if isinstance(weight, Read):

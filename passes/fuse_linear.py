@@ -19,10 +19,11 @@ import torch
 from torch import fx
 
 from ..compiler.estimate import Estimate, per_token
-from ..compiler.fold import base_weights, recipe_of, transposed, used_elsewhere, weight_of
+from ..compiler.fold import base_weights, recipe_of, used_elsewhere, weight_of
 from ..compiler.graph import Graph, dtype_of, is_tensor, sizes
 from ..compiler.ops import OPS
 from ..compiler.pattern import any_, arguments, op, tensor
+from ..compiler.quantized_weights import formats_in
 from ..compiler.rewrite import (
     Match,
     Miss,
@@ -34,7 +35,7 @@ from ..compiler.rewrite import (
     rewrite,
 )
 from ..compiler.vocabulary import nbytes
-from ..compiler.weights import Concat, Constant, Weight
+from ..compiler.weights import Concat, Constant, Weight, transposed
 
 aten = torch.ops.aten
 linear = OPS["linear"].target
@@ -158,7 +159,7 @@ def merge_linears(graph: Graph) -> PassResult:
         if is_plain(node) and not is_gated(node):
             siblings[node.args[0]].append(node)
     for group in siblings.values():
-        kept = [node for node in group if not declined(node, group, result.misses)]
+        kept = [node for node in group if not declined(graph, node, group, result.misses)]
         if len(kept) > 1:
             merge(graph, kept)
             result.matches += 1
@@ -186,7 +187,7 @@ def is_gated(node: fx.Node) -> bool:
     )
 
 
-def declined(node: fx.Node, group: list[fx.Node], misses: list[Miss]) -> bool:
+def declined(graph: Graph, node: fx.Node, group: list[fx.Node], misses: list[Miss]) -> bool:
     """Whether a linear cannot be merged with its siblings; the reason becomes a miss."""
     reason = None
     weight, first = node.args[1], group[0].args[1]
@@ -196,6 +197,9 @@ def declined(node: fx.Node, group: list[fx.Node], misses: list[Miss]) -> bool:
         reason = f"the weight {weight.name} is used elsewhere too"
     elif dtype_of(weight) != dtype_of(first):
         reason = f"the weight is {dtype_of(weight)}, that of {group[0].name} {dtype_of(first)}"
+    elif (formats := [formats_in(graph.stored_as(matrix)) for matrix in (weight, first)])[0] != formats[1]:
+        kinds = [" and ".join(names) or "floating point" for names in formats]
+        reason = f"the weight is stored as {kinds[0]}, that of {group[0].name} as {kinds[1]}"
     if reason is not None:
         input_again = Estimate(per_token(nbytes(node.args[0])), launches=1)
         misses.append(Miss.at(node, "merge linears", reason, input_again))

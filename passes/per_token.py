@@ -270,6 +270,11 @@ def embedding(axis: TokenAxis, node: fx.Node) -> str | None:
     return "its table depends on the tokens" if axis.of(table) is not None else None
 
 
+def fake_quantize(axis: TokenAxis, node: fx.Node) -> str | None:
+    x = node.args[0]
+    return "it scales over the tokens" if axis.of(x) == len(sizes(x)) - 1 else None
+
+
 def rope(axis: TokenAxis, node: fx.Node) -> str | None:
     x, cos, sin = node.args[:3]
     if axis.of(x) not in (None, 2) or any(axis.of(table) not in (None, 1) for table in (cos, sin)):
@@ -353,6 +358,7 @@ CHECKS: dict[Any, Check] = {
     **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default), matmul),
     aten.layer_norm.default: layer_norm,
     effc.rms_norm.default: rms_norm,
+    effc.fake_quantize.default: fake_quantize,
     effc.rope.default: rope,
     effc.attention.default: attention,
     effc.top_k.default: top_k,

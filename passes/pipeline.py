@@ -21,6 +21,7 @@ from ..compiler.estimate import step_bytes
 from ..compiler.files import refusals, write_atomically
 from ..compiler.graph import Graph
 from ..compiler.rewrite import Miss, PassResult
+from ..compiler.schemes import Scheme
 from ..compiler.show import count_ops, differences, show, show_differences
 from ..compiler.verify import VerificationError
 from ..compiler.verify import verify as verify_graph
@@ -34,6 +35,7 @@ from .fuse_norm import fuse_norm
 from .fuse_rope import fuse_rope
 from .materialize_kv import drop_padding, materialize_kv
 from .normalize import normalize
+from .quantize import quantize
 
 if TYPE_CHECKING:
     from ..compiler.equivalence import Checked
@@ -56,6 +58,16 @@ PASSES: tuple[Pass, ...] = (
     cleanup,
 )
 """From the traced graph to the fused graph `forward`."""
+
+
+def quantized(passes: Iterable[Pass | str], scheme: Scheme | None) -> tuple[Pass | str, ...]:
+    """The passes with `quantize` behind the fusions: before `cleanup`, or last."""
+    passes = tuple(passes)
+    if scheme is None:
+        return passes
+    at = next((i for i, item in enumerate(passes) if item in (cleanup, name_of(cleanup))), len(passes))
+    return (*passes[:at], partial(quantize, scheme=scheme), *passes[at:])
+
 
 UNPADDED: tuple[Pass, ...] = (drop_padding,)
 """From `forward` to its form for calls without padding."""
@@ -163,17 +175,19 @@ def run_pass(graph: Graph, function: Pass, verify: bool, folder: Path | None = N
             verify_graph(graph)
         except VerificationError as error:
             raise VerificationError(f"after {name_of(function)}: {error}") from error
-    checked = None if original is None else check_values(original, graph, name_of(function), folder)
+    checked = None if original is None else check_values(original, graph, name_of(function), folder, result.inexact)
     misses = [miss.within(name_of(function), step_bytes(graph)) for miss in result.misses]
     step = Step(name_of(function), seconds, result.matches, misses, changes, sum(after.values()), checked)
     return graph, step
 
 
-def check_values(before: Graph, after: Graph, name: str, folder: Path | None) -> Checked:
-    """Hold a pass to keeping every value, or, where it made a cache, the logits."""
+def check_values(before: Graph, after: Graph, name: str, folder: Path | None, inexact: str | None) -> Checked:
+    """Hold a pass to keeping every value, or, where it made a cache, the logits. inexact: why it is let off."""
     from ..compiler.cached_equivalence import check_cached
-    from ..compiler.equivalence import check
+    from ..compiler.equivalence import Checked, check
 
+    if inexact is not None:
+        return Checked(unchecked=[inexact])
     if after.dialect == "stateful" != before.dialect:
         return check_cached(before, after, name)
     return check(before, after, name, folder or Path(tempfile.gettempdir()) / "effc-verify")

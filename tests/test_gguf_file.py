@@ -273,7 +273,10 @@ def test_quantized_blocks_are_read_as_gguf_reads_them(tmp_path: Path):
         assert source.quantization(kind.name) == kind.name
         assert source.shape(kind.name) == (8, 64)
         expected = gguf.dequantize(gguf.quantize(values, kind), kind)
-        assert torch.equal(source.read(kind.name), torch.from_numpy(expected))
+        assert torch.equal(evaluate(source.stored(kind.name), source), torch.from_numpy(expected))
+    parts = {name.partition(".")[2] for name in source.names if name.startswith("Q5_0.")}
+    assert parts == {"codes", "high", "scales"}
+    assert "Q5_0" not in source.names
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"GGU"])
