@@ -31,12 +31,13 @@ from .compiler.evaluate import evaluate
 from .compiler.files import write_atomically
 from .compiler.graph import Graph, is_tensor, size_expr
 from .compiler.options import check_rounding
+from .compiler.schemes import scheme_of
 from .compiler.weights import Concat, Read, Weight
 from .passes import pipeline
 from .report import GraphExplanation, dump_schedule, explain_graph
 from .runtime.store import cache_dir
 
-OPTIONS = ("passes", "skip", "dump", "rounding")
+OPTIONS = ("passes", "skip", "dump", "rounding", "quantize")
 
 
 @dataclass
@@ -57,14 +58,15 @@ def compile_graph(
     """Compile a Dynamo graph; the entry point of the backend.
 
     options: {"passes": functions or names of passes to run, "skip": names of those to leave out, "dump": a folder,
-    "rounding": "eager" or "fp32"}, as `torch.compile(..., options=...)` gives them (rounding as in `effc.compile`);
+    "rounding": "eager" or "fp32", "quantize": a scheme}, as `torch.compile(..., options=...)` gives them (rounding and
+    quantize as in `effc.compile`);
     EFFC_DUMP names the folder too. Raises InputError for a model in training mode and for an input that requires a
     gradient.
     """
     options = dict(options or {})
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise InputError(f"unknown option {unknown[0]!r} of backend effc; it takes {', '.join(OPTIONS)}")
-    rounding = check_rounding(options.get("rounding", "eager"))
+    rounding, scheme = check_rounding(options.get("rounding", "eager")), scheme_of(options.get("quantize", "none"))
     refuse_training(example_inputs)
     folder = options.get("dump") or os.environ.get("EFFC_DUMP")
     dump = Path(folder) / f"graph{len(COMPILED)}" if folder else None
@@ -76,7 +78,7 @@ def compile_graph(
         warnings.warn(f"effc: {name} runs in eager PyTorch: {refusal}", stacklevel=2)
         COMPILED.append(Compiled(GraphExplanation.refused(name, str(refusal)), None))
         return gm.forward
-    passes = options.get("passes", pipeline.PASSES)
+    passes = pipeline.quantized(options.get("passes", pipeline.PASSES), scheme)
     graph, report = pipeline.run(graph, passes, skip=options.get("skip", ()), dump=dump and dump / "graphs")
     device = device_of(graph)
     target = host_target() if device == "cpu" else None

@@ -63,6 +63,13 @@ StreamOption = Annotated[
         help="See, and cache, the first KEPT tokens and the last WINDOW only: bounded memory, other results.",
     ),
 ]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCHEME",
+        help='Weights and activations in fewer bits: stored (as the file has them), w8a8, w4a8, w8, w4, a format, none.',
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -102,6 +109,7 @@ def generate_command(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     ring: RingOption = None,
     stream: StreamOption = None,
+    quantize: QuantizeOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,13 +117,13 @@ def generate_command(
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if max_new_tokens is not None:
         check_max_new_tokens(max_new_tokens)
-    cache = cache_options(ring, stream)
+    chosen = compile_options(ring, stream, quantize)
     text = read_prompt(prompt)
     path = located(model)
     with status(f"opening {model}"), option_warnings():
         from .llm import LLM
 
-        llm = LLM(path, dtype=dtype and dtype.torch_dtype(), **cache)
+        llm = LLM(path, dtype=dtype and dtype.torch_dtype(), **chosen)
     chat = not raw
     if chat and llm.codec.chat_template is None:
         chat = False
@@ -165,15 +173,16 @@ def dump_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write to.")],
     ring: RingOption = None,
     stream: StreamOption = None,
+    quantize: QuantizeOption = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Write the graphs before and after each pass, the kernels and the memory plan; print the path of the index."""
-    cache = cache_options(ring, stream)
+    chosen = compile_options(ring, stream, quantize)
     path = located(model)
     with status(f"compiling {model}"), option_warnings():
         from . import dump
 
-        index = dump(path, output, dtype=dtype and dtype.torch_dtype(), **cache)
+        index = dump(path, output, dtype=dtype and dtype.torch_dtype(), **chosen)
     print(index)
 
 
@@ -182,16 +191,17 @@ def explain_command(
     model: ModelArgument,
     ring: RingOption = None,
     stream: StreamOption = None,
+    quantize: QuantizeOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print what the passes matched and missed, the kernels, and what falls back to ATen."""
-    cache = cache_options(ring, stream)
+    chosen = compile_options(ring, stream, quantize)
     path = located(model)
     with status(f"compiling {model}"), option_warnings():
         from . import compile as compile_model
 
-        explanation = compile_model(path, dtype=dtype and dtype.torch_dtype(), **cache).explain()
+        explanation = compile_model(path, dtype=dtype and dtype.torch_dtype(), **chosen).explain()
     if as_json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=False))
     else:
@@ -204,18 +214,20 @@ def profile_command(
     graph: Annotated[str, typer.Option(help="prefill or decode.")] = "decode",
     tokens: Annotated[int, typer.Option(help="Length of the prompt, or of the context that is decoded behind.")] = 512,
     repeats: Annotated[int, typer.Option(help="Runs; their medians are printed.")] = 10,
+    quantize: QuantizeOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time every kernel of a graph: milliseconds, share, GFLOP/s and GB/s."""
     for name, value in (("tokens", tokens), ("repeats", repeats)):
         check_integer(name, value, "above 0", lambda found: found > 0)
+    chosen = compile_options(None, None, quantize)
     path = located(model)
     with status(f"compiling {model}"):
         from . import compile as compile_model
         from .profiling import profile
 
-        result = profile(compile_model(path, dtype=dtype and dtype.torch_dtype()), graph, tokens, repeats)
+        result = profile(compile_model(path, dtype=dtype and dtype.torch_dtype(), **chosen), graph, tokens, repeats)
     print(json.dumps(result.to_dict()) if as_json else result)
 
 
@@ -278,8 +290,8 @@ def read_prompt(prompt: str | None) -> str:
     return text
 
 
-def cache_options(ring: int | None, stream: str | None) -> dict[str, Any]:
-    """--ring and --stream as `effc.compile` takes them; those alone that were given."""
+def compile_options(ring: int | None, stream: str | None, quantize: str | None) -> dict[str, Any]:
+    """--ring, --stream and --quantize as `effc.compile` takes them; those alone that were given."""
     options: dict[str, Any] = {}
     if ring is not None:
         options["ring"] = check_ring(ring)
@@ -288,6 +300,8 @@ def cache_options(ring: int | None, stream: str | None) -> dict[str, Any]:
             options["stream"] = check_stream([int(part) for part in stream.split(",")])
         except ValueError:  # InputError is one
             raise InputError(f"--stream expects KEPT,WINDOW, two integers of at least 1, found {stream!r}") from None
+    if quantize is not None:
+        options["quantize"] = quantize
     return options
 
 

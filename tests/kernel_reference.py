@@ -3,11 +3,12 @@
 It keeps bf16 as uint16, but adds, compares and converts these as integers and rounds to them by cutting off; its
 maximum and minimum propagate NaN where Triton's default drops it. Constants of bf16, and ~ of unsigned integers, it
 cannot make; its atomics read flipped or transposed operands in the order of memory, and sums past the type raise.
-Scalars compared are of the operands' type, and splat as such.
+Scalars compared are of the operands' type, and splat as such. Triton 3.6's cannot count up to a scalar under NumPy 2.4.
 """
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ReduceScanOpInterface, TensorHandle, _get_np_dtype
 
 
@@ -85,6 +86,7 @@ def mend() -> None:
     for name in ("create_atomic_rmw", "create_atomic_cas"):
         setattr(InterpreterBuilder, name, contiguous(getattr(InterpreterBuilder, name)))
     ReduceScanOpInterface.to_tensor = to_tensor
+    interpreter._patch_lang_tensor = with_index(interpreter._patch_lang_tensor)
     quicken()
 
 
@@ -93,6 +95,16 @@ def to_tensor(_self, values, dtype) -> tl.tensor:
     data = np.asarray(values).astype(_get_np_dtype(dtype))
     type_ = tl.block_type(dtype, list(data.shape)) if data.shape else dtype
     return tl.tensor(TensorHandle(data if data.shape else data.reshape(1), dtype.scalar), type_)
+
+
+def with_index(patch_tensor):
+    """Scalars, which are arrays of one element there, as counts of a loop."""
+
+    def patch(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch
 
 
 def contiguous(method):
