@@ -67,7 +67,7 @@ QuantizeOption = Annotated[
     str | None,
     typer.Option(
         metavar="SCHEME",
-        help='Weights and activations in fewer bits: stored (as the file has them), w8a8, w4a8, w8, w4, a format, none.',
+        help="Compute in fewer bits: stored (the blocks of the file), w8a8, w4a8, w8, w4, a format, or none.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .runtime.decode import Runnable, decode_one, prefill
-from .runtime.kv_cache import KVCache
+from .speed import CompiledEngine, Engine
 
 if TYPE_CHECKING:
     from .program import Program
@@ -56,11 +55,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A program decoding greedily through its cache, beside eager PyTorch reading the same tokens at once.
+    """An engine reading texts token by token through its cache, beside eager PyTorch reading them at once.
 
-    tokens: positions compared. agreeing: how many of the program's greedy tokens are eager's too; where all are, both
+    tokens: positions compared. agreeing: how many of the engine's greedy choices are eager's too; where all are, both
     would write the same text. max_logit_error: over all positions and the whole vocabulary. KL in nats, of the
-    program's distribution from eager's.
+    engine's distribution from eager's.
     """
 
     prompts: int
@@ -79,7 +78,8 @@ class Agreement:
     def __str__(self) -> str:
         lines = [
             f"greedy tokens equal to eager's: {self.agreeing} of {self.tokens}, over {self.prompts} prompts",
-            f"max logit error {self.max_logit_error:.2e}, KL from eager at most {self.max_kl:.2e} nats",
+            f"max logit error {self.max_logit_error:.2e},"
+            f" KL from eager {self.mean_kl:.2e} nats, at most {self.max_kl:.2e}",
         ]
         for difference in self.differences:
             excuse = "more than the logit error" if difference in self.unexplained else "within the logit error"
@@ -122,7 +122,7 @@ class Receipt:
         )
 
 
-def receipt(program: Program, reference: nn.Module, prompts: Iterable[Sequence[int]], new_tokens: int = 32) -> Receipt:
+def receipt(program: Program, reference: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int = 32) -> Receipt:
     """The receipt of a program beside the eager model that it was compiled from.
 
     reference: returns an object with `logits` [B, S, V]. prompts: token ids; each is continued by `new_tokens`.
@@ -132,29 +132,55 @@ def receipt(program: Program, reference: nn.Module, prompts: Iterable[Sequence[i
         GraphFacts(kind, summary.traced_calls, len(summary.kernels), summary.launches, summary.fallbacks)
         for kind, summary in summaries.items()
     )
-    return Receipt(summaries["decode"].passes, graphs, agreement(program, reference, prompts, new_tokens))
+    engine = CompiledEngine(program, max(map(len, prompts)) + new_tokens)
+    texts = continued(engine, reference, prompts, new_tokens)
+    return Receipt(summaries["decode"].passes, graphs, agreement(engine, texts))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and its continuation: ids [1, S + n], and eager's logits [n, V] before each of the n new tokens."""
+
+    ids: Tensor
+    expected: Tensor
+
+    @property
+    def new_tokens(self) -> int:
+        return self.expected.shape[0]
 
 
 @torch.no_grad()
-def agreement(
-    program: Runnable, reference: nn.Module, prompts: Iterable[Sequence[int]], new_tokens: int = 32
-) -> Agreement:
-    """Continue each prompt by `new_tokens` greedy tokens with the program and hold every step against eager."""
+def continued(
+    engine: Engine, reference: nn.Module, prompts: Iterable[Sequence[int]], new_tokens: int = 32
+) -> list[Text]:
+    """Each prompt continued greedily by an engine, with what eager makes of the same tokens."""
+    texts = []
+    for prompt in prompts:
+        ids = greedy(engine, torch.tensor([list(prompt)]), new_tokens)
+        texts.append(Text(ids, reference(ids[:, :-1], use_cache=False).logits[0, -new_tokens:].float()))
+    return texts
+
+
+@torch.no_grad()
+def agreement(engine: Engine, texts: Sequence[Text]) -> Agreement:
+    """Read texts token by token with an engine, and hold every step against eager.
+
+    On texts that it continued itself, its choices are the tokens that it wrote.
+    """
     count = agreeing = 0
     errors, divergences, differences = [], [], []
-    for index, prompt in enumerate(prompts):
-        tokens, found = greedy(program, torch.tensor([list(prompt)]), new_tokens)
-        expected = reference(tokens[:, :-1], use_cache=False).logits[0, -new_tokens:].float()  # [new, V]
-        written = tokens[0, -new_tokens:]
+    for index, text in enumerate(texts):
+        found, expected = follow(engine, text), text.expected
         errors.append((found - expected).abs().max().item())
         divergences.append(kl(expected, found))
-        same = written == expected.argmax(-1)
-        count, agreeing = count + new_tokens, agreeing + int(same.sum())
+        chosen = found.argmax(-1)
+        same = chosen == expected.argmax(-1)
+        count, agreeing = count + text.new_tokens, agreeing + int(same.sum())
         best = expected.topk(2, dim=-1)
         for position in (~same).nonzero()[:, 0].tolist():
             margin = (best.values[position, 0] - best.values[position, 1]).item()
             differences.append(
-                Difference(index, position, int(written[position]), int(best.indices[position, 0]), margin)
+                Difference(index, position, int(chosen[position]), int(best.indices[position, 0]), margin)
             )
     steps = torch.cat(divergences)
     return Agreement(
@@ -168,17 +194,20 @@ def agreement(
     )
 
 
-def greedy(program: Runnable, input_ids: Tensor, new_tokens: int) -> tuple[Tensor, Tensor]:
-    """Decode greedily without stopping: ids [1, S] -> (ids [1, S + new], logits [new, V] that chose the new ones)."""
-    cache = KVCache.allocate(program.config.cache_layout, 1, input_ids.shape[1] + new_tokens)
-    logits = prefill(program, input_ids, None, cache)
-    steps = [logits[0].float()]
-    tokens = [logits.argmax(-1, keepdim=True)]
+def greedy(engine: Engine, input_ids: Tensor, new_tokens: int) -> Tensor:
+    """Continue greedily without stopping: ids [1, S] -> [1, S + new]."""
+    tokens = [engine.prefill(input_ids).argmax(-1, keepdim=True)]
     for _ in range(new_tokens - 1):
-        logits = decode_one(program, tokens[-1], cache)
-        steps.append(logits[0].float())
-        tokens.append(logits.argmax(-1, keepdim=True))
-    return torch.cat([input_ids, *tokens], dim=1), torch.stack(steps)
+        tokens.append(engine.decode(tokens[-1]).argmax(-1, keepdim=True))
+    return torch.cat([input_ids, *tokens], dim=1)
+
+
+def follow(engine: Engine, text: Text) -> Tensor:
+    """Logits [n, V] before each new token of a text, the tokens before it read one at a time."""
+    start = text.ids.shape[1] - text.new_tokens
+    steps = [engine.prefill(text.ids[:, :start])]
+    steps += [engine.decode(text.ids[:, place : place + 1]) for place in range(start, text.ids.shape[1] - 1)]
+    return torch.cat(steps).float()
 
 
 def kl(expected: Tensor, found: Tensor) -> Tensor:
