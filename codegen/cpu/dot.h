@@ -145,10 +145,23 @@ struct Rows {
   Rows after(int64_t rows) const { return {first + rows * stride, stride, excess + rows}; }
 };
 
-// c[Count][Vecs * Lanes] += a[Count][words] * b[words][Vecs * Lanes]. Sums start at zero and are added to c at the end:
-// so the error of a long sum over many calls is that of two short ones.
-template <typename P, int Lanes, int Count, int Vecs, typename B>
-static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, typename P::Sum *c, int64_t c_row, int64_t words) {
+// What becomes of the sums of a tile of registers: finish.columns(j)(i, sum) takes those of row i, columns j, j + 1, ...
+// Sums start at zero and are added to c at the end: so the error of a long sum over many calls is that of two short ones.
+template <typename Sum, int Lanes>
+struct AddTo {
+  Sum *c;
+  int64_t c_row;
+
+  auto columns(int64_t j) const {
+    return [to = c + j, row = c_row](int64_t i, Vec<Sum, Lanes> sum) {
+      store<Sum, Lanes>(to + i * row, load<Sum, Lanes>(to + i * row) + sum);
+    };
+  }
+};
+
+// a[Count][words] * b[words][Vecs * Lanes], handed to `finish` as rows from i_0 and columns from j_0.
+template <typename P, int Lanes, int Count, int Vecs, typename B, typename F>
+static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, int64_t words, F finish, int64_t i_0, int64_t j_0) {
   typedef typename P::Sum Sum;
   Vec<Sum, Lanes> sum[Count][Vecs];
 #pragma GCC unroll 16
@@ -169,29 +182,28 @@ static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, typename P::
       for (int j = 0; j < Vecs; ++j) sum[i][j] = P::template step<Lanes>(a_ik, b_k[j], sum[i][j]);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < Count; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) {
-      Sum *at = c + i * c_row + j * Lanes;
-      store<Sum, Lanes>(at, load<Sum, Lanes>(at) + sum[i][j]);
-    }
+  for (int j = 0; j < Vecs; ++j) {
+    const auto take = finish.columns(j_0 + j * Lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; ++i) take(i_0 + i, P::template total<Lanes>(sum[i][j]));
+  }
 }
 
 // The largest register tile: 8 x 2 vectors of the 32 registers of AVX-512, 6 x 2 of 16 elsewhere.
 template <int Lanes>
 constexpr int max_rows = Lanes >= 16 ? 8 : 6;
 
-// c[rows][BN] += a[rows][words] * b[words][BN] for rows up to Count.
-template <typename P, int Lanes, int BN, int Count, typename B>
-static inline void multiply_rows(int64_t rows, Rows<P> a, B b, typename P::Sum *c, int64_t words) {
+// a[rows][words] * b[words][BN] for rows up to Count, handed to `finish` as rows from i_0.
+template <typename P, int Lanes, int BN, int Count, typename B, typename F>
+static inline void multiply_rows(int64_t rows, Rows<P> a, B b, int64_t words, F finish, int64_t i_0) {
   if (rows == Count) {
     constexpr int wide = Count * 4 <= max_rows<Lanes> * 2 ? 4 : 2;
     constexpr int vecs = BN / Lanes < wide ? BN / Lanes : wide;
     for (int j = 0; j < BN; j += vecs * Lanes)
-      multiply_tile<P, Lanes, Count, vecs>(a, b.after(j), c + j, BN, words);
+      multiply_tile<P, Lanes, Count, vecs>(a, b.after(j), words, finish, i_0, j);
   } else if constexpr (Count > 1) {
-    multiply_rows<P, Lanes, BN, Count - 1>(rows, a, b, c, words);
+    multiply_rows<P, Lanes, BN, Count - 1>(rows, a, b, words, finish, i_0);
   }
 }
 
@@ -305,13 +317,13 @@ static __attribute__((noinline)) void multiply(Operand<A> a, Operand<B> b, typen
     else
       pack_rows<P, word_lanes>(part, a_panel, max_words);
     if constexpr (P::right_offset != 0) find_excess<P, Lanes>(rows, part.count, words, excess);
-    typename P::Sum *c = acc + i * BN;
+    const AddTo<typename P::Sum, Lanes> finish = {acc, BN};
     if (along_k)
-      for (int64_t r = 0; r < part.count; ++r) multiply_row<P, Lanes>(rows.after(r), b, c + r * BN);
+      for (int64_t r = 0; r < part.count; ++r) multiply_row<P, Lanes>(rows.after(r), b, acc + (i + r) * BN);
     else if (in_place)
-      multiply_rows<P, Lanes, BN, block>(part.count, rows, InPlace<P, B>{b.from, b.k_stride}, c, words);
+      multiply_rows<P, Lanes, BN, block>(part.count, rows, InPlace<P, B>{b.from, b.k_stride}, words, finish, i);
     else
-      multiply_rows<P, Lanes, BN, block>(part.count, rows, Panel<P>{b_panel, BN}, c, words);
+      multiply_rows<P, Lanes, BN, block>(part.count, rows, Panel<P>{b_panel, BN}, words, finish, i);
   }
 }
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TYPES = {"fp32": "float", "bf16": "dot::bfloat16", "fp16": "dot::float16", "i8": "int8_t"}
-HELPERS = "".join(Path(__file__).with_name(name).read_text() for name in ("dot_products.h", "dot.h"))
+HELPERS = "".join(Path(__file__).with_name(name).read_text() for name in ("dot_products.h", "dot.h", "dot_words.h"))
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,30 @@ def emit_dot(
     limits = ", ".join(str(size) if given is None else given for size, given in zip(shape, (rows, cols, depth)))
     call = f"dot::accumulate<{lanes}, {bm}, {bn}, {bk}, {values}>"
     return DotCode((HELPERS,), [f"{indent}{call}({left}, {right}, {acc}, {limits});"])
+
+
+def emit_dot_of_words(
+    a: Operand, b: Operand, acc: str, shape: tuple[int, int, int], *, lanes: int, most: int, rows: str, depth: str
+) -> DotCode:
+    """Print acc += a @ b, where b [BK / 4, BN] is words of 4 bytes that follow each other along k, contiguous along n.
+
+    most: what b's bytes are at most, from 0 up; 255 where they are int8. rows, depth: how much of a there is, as for
+    `emit_dot`.
+    """
+    bm, bn, bk = shape
+    call = f"dot::accumulate_words<{lanes}, {bm}, {bn}, {bk}, {most}>"
+    return DotCode((HELPERS,), [f"{call}({operands_of_words(a, b)}, {rows}, {depth}, {acc});"])
+
+
+def operands_of_words(a: Operand, b: Operand) -> str:
+    left = f"(const int8_t *)({a.pointer}), {a.row_stride}, {a.col_stride}"
+    return f"{left}, (const int32_t *)({b.pointer}), {b.row_stride}"
+
+
+def clipped(ends: list[str], size: int) -> str | None:
+    """C text of the least of some ends within 0 .. size; None where nothing ends early."""
+    text = None
+    for end in ends:
+        one = f"clip({end}, {size})"
+        text = one if text is None else f"least({text}, {one})"
+    return text

@@ -10,8 +10,9 @@
 //     ByteQuads     4 int8, uint8  vpdpbusd                         AVX512_VNNI, AVX_VNNI
 //
 // A product P has the types Sum, Word and Element (of a word), step() on lanes, element() that turns an operand's
-// element into what a word holds, and two ways to make vectors of words from memory: along_k(), where k is contiguous,
-// and across(), where the other dimension is. b's elements are `right_offset` larger in words than they are.
+// element into what a word holds, total() that turns sums into what they stand for, and two ways to make vectors of words
+// from memory: along_k(), where k is contiguous, and across(), where the other dimension is. b's elements are
+// `right_offset` larger in words than they are.
 //
 // Sums of int8 products are exact modulo 2^32: all of these widen before they add, none saturates. Products of bf16 are
 // exact and sums are fp32 everywhere. vdpbf16ps takes subnormal operands for zero: accumulate() looks for them, and
@@ -118,7 +119,15 @@ static inline Vec<float, Lanes> load_floats(const float16 *p) {
 
 enum Side { left, right };
 
-struct Floats {
+// What the sums of most products are: numbers of type Sum, in each lane one.
+struct PlainSums {
+  template <int, typename V>
+  static inline V total(V sum) {
+    return sum;
+  }
+};
+
+struct Floats : PlainSums {
   typedef float Sum;
   typedef float Word;
   typedef float Element;
@@ -151,7 +160,7 @@ struct Floats {
   }
 };
 
-struct Ints {
+struct Ints : PlainSums {
   typedef int32_t Sum;
   typedef int32_t Word;
   typedef int32_t Element;
@@ -186,7 +195,7 @@ struct Ints {
 #define DOT_VNNI "%{vex%} vpdpbusd"
 #endif
 
-struct ShortPairs {
+struct ShortPairs : PlainSums {
   typedef int32_t Sum;
   typedef int32_t Word;
   typedef int16_t Element;
@@ -220,7 +229,7 @@ struct ShortPairs {
 
 #ifdef DOT_VNNI
 // b as uint8: 128 larger than it is.
-struct ByteQuads {
+struct ByteQuads : PlainSums {
   typedef int32_t Sum;
   typedef int32_t Word;
   typedef uint8_t Element;
@@ -256,7 +265,7 @@ struct ByteQuads {
 #endif
 
 #ifdef __AVX512BF16__
-struct BfloatPairs {
+struct BfloatPairs : PlainSums {
   typedef float Sum;
   typedef int32_t Word;
   typedef uint16_t Element;

@@ -5,9 +5,10 @@ from dataclasses import replace
 from .affine import Map, conjuncts, through_view
 from .c_types import HALF, lanes_type, parse_literal
 from .cells import Stored
-from .dot import Operand, emit_dot
+from .dot import DotCode, Operand, clipped, emit_dot, emit_dot_of_words
 from .ir import Op, Value, unsupported
 from .nest import indented
+from .ranges import largest_byte
 
 
 class DotPrinter:
@@ -23,10 +24,21 @@ class DotPrinter:
             return
         m, n = shape
         k = a.type.shape[1]
+        of_words = b.type.element == "i32" and a.type.element == "i8"
+        if of_words and self.puts_off(op):
+            return
         target = self.dot_target(op, c) or self.kernel.array(op.result.type, op.result.name + "_a")
         if self.kernel.storage.get(c) is not target:
             self.assign(target, c)
         left, limits = self.dot_operand(a, (0, 2))
+        if of_words:
+            rows, depth = (clipped(limits.get(dim, []), size) or str(size) for dim, size in ((0, m), (2, k)))
+            code = emit_dot_of_words(
+                left, self.words_operand(b), target.array, (m, n, k),
+                lanes=self.kernel.lanes, most=largest_byte(b), rows=rows, depth=depth,
+            )  # fmt: skip
+            self.add_dot(op, code, target)
+            return
         right, more = self.dot_operand(b, (2, 1))
         ends = {dim: list(dict.fromkeys(limits.get(dim, []) + more.get(dim, []))) for dim in (0, 1, 2)}
         size = {0: m, 1: n, 2: k}
@@ -34,6 +46,9 @@ class DotPrinter:
         code = emit_dot(
             left, right, target.array, (m, n, k), lanes=self.kernel.lanes, rows=rows, cols=cols, depth=depth
         )
+        self.add_dot(op, code, target)
+
+    def add_dot(self, op: Op, code: DotCode, target: Stored) -> None:
         self.kernel.helpers.update(dict.fromkeys(code.helpers))
         self.kernel.emit_all(["{", *("  " + line for line in code.body), "}"])
         self.kernel.storage[op.result] = target
@@ -110,6 +125,18 @@ class DotPrinter:
         stored = self.kernel.storage.get(value) or self.materialize_here(value)
         return self.stored_operand(stored, dims, dims), {}
 
+    def words_operand(self, words: Value) -> Operand:
+        """Where the words of a right operand are: in memory as they were loaded, else in an array."""
+        load = words.op
+        if words not in self.kernel.storage and load is not None and load.name == "tt.load" and len(load.operands) == 1:
+            form = self.analysis.of(load.operands[0], (0, 1))
+            if form is not None and form.coefficient(1) == 1:
+                return Operand(form.base(), str(form.coefficient(0)), "1", "i32")
+        stored = self.kernel.storage.get(words)
+        if stored is None or stored.strides[1] != 1:
+            stored = self.materialize_here(words)
+        return self.stored_operand(stored, (0, 1), (0, 1))
+
     def materialize_here(self, value: Value) -> Stored:
         stored = self.kernel.array(value.type, value.name + "_tile")
         self.assign(stored, value)
@@ -148,12 +175,3 @@ class DotPrinter:
                     return None
         strides = [str(form.coefficient(dim)) for dim in dims]
         return Operand(form.base(), strides[0], strides[1], dtype), limits
-
-
-def clipped(ends: list[str], size: int) -> str | None:
-    """C text of the least of some ends within 0 .. size; None where nothing ends early."""
-    text = None
-    for end in ends:
-        one = f"clip({end}, {size})"
-        text = one if text is None else f"least({text}, {one})"
-    return text

@@ -265,7 +265,7 @@ class KernelPrinter:
                 self.emit(f"in_memory({self.storage[arg].array});")
 
     def assign_yields(self, body: Block, targets: list[Value]) -> None:
-        self.roots.assign_all(targets, body.ops[-1].operands)
+        self.roots.assign_all(*self.roots.finish_dots(targets, body.ops[-1].operands))
 
     def print_if(self, op: Op) -> None:
         self.declare_results(op.results, op.results)

@@ -7,9 +7,11 @@ form stays known.
 
     dot(a, b, c): f16                      -->    truncf(dot(a, b, extf(c)): f32)
     dot_scaled(a, s, b, t, c)              -->    dot(a * 2^(s - 127), b * 2^(t - 127), c)   (`scaled`)
+    dot(a, bytes of w, c)                  -->    dot(a, w, c), of words                     (`byte_words`)
 """
 
 from .builder import Builder, replace_uses
+from .byte_words import multiply_words
 from .ir import Block, Function, Op, Type, Value
 from .scaled import unscale
 
@@ -18,6 +20,7 @@ def normalize(function: Function) -> None:
     """Rewrite in place. The function must not be numbered yet."""
     builder = Builder(function.body)
     visit(function.body, builder, function.body)
+    multiply_words(function.body)
 
 
 def visit(block: Block, builder: Builder, body: Block) -> None:

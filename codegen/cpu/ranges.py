@@ -71,6 +71,34 @@ def shift_right_unsigned(bits: int, a: Range, b: Range) -> Range | None:
     return shift_right(bits, a, b)
 
 
+def set_bits(value: Value, depth: int = DEPTH) -> int:
+    """The bits that may be set in some element of an integer value, as a mask of its width."""
+    width = BITS[value.type.element]
+    everything = (1 << width) - 1
+    op = value.op
+    if op is None or depth == 0:
+        return everything
+    if op.name in VIEWS or op.name == "tt.reshape":
+        return set_bits(op.operands[0], depth - 1)
+    if op.name == "arith.constant":
+        return int(parse_literal(op.attrs["value"], value.type.element)) & everything
+    if op.name in ("arith.andi", "arith.ori"):
+        left, right = (set_bits(operand, depth - 1) for operand in op.operands)
+        return left & right if op.name == "arith.andi" else left | right
+    if op.name in ("arith.shli", "arith.shrui"):
+        low, high = value_range(op.operands[1], depth - 1)
+        if low == high and 0 <= low < width:
+            bits = set_bits(op.operands[0], depth - 1)
+            return (bits << low if op.name == "arith.shli" else bits >> low) & everything
+    return everything
+
+
+def largest_byte(words: Value) -> int:
+    """What each byte of an int32 value is at most, from 0 up; 255 where one may have its highest bit set."""
+    largest = max(set_bits(words).to_bytes(4, "little"))
+    return largest if largest < 128 else 255
+
+
 INTERVALS = {
     "arith.addi": lambda _, a, b: (a[0] + b[0], a[1] + b[1]),
     "arith.subi": lambda _, a, b: (a[0] - b[1], a[1] - b[0]),

@@ -14,6 +14,7 @@ from .collapse import Collapser
 from .dots import DotPrinter
 from .elementwise import MapPrinter
 from .evaluate import Evaluator
+from .finish import Finish, FinishPrinter
 from .ir import Op, Value
 from .nest import Nest, indented
 from .plan import is_lazy
@@ -32,6 +33,7 @@ class RootPrinter(
     ReducePrinter,
     ProductPrinter,
     DotPrinter,
+    FinishPrinter,
     ReportPrinter,
     MapPrinter,
     Clipper,
@@ -45,6 +47,7 @@ class RootPrinter(
         self.kernel = kernel
         self.plan, self.analysis = kernel.plan, kernel.analysis
         self.tails: dict[Op, Conjunct | None] = {}
+        self.finishes: dict[Value, Finish] = {}
 
     # -- what a value reads
 
