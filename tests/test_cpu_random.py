@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from effc.codegen.cpu import launch, lower
 
+from .on_cpu import randint, run
+
 SIZE = 256
 
 
@@ -132,3 +134,30 @@ def test_map_elementwise_runs_a_scalar_function_with_loops(isa):
     assert steps.tolist() == [count(v, w % 50) for v, w in zip(x.tolist(), y.tolist(), strict=True)]
     assert torch.equal(low, torch.minimum(x, y))
     assert torch.equal(high, torch.maximum(x, y))
+
+
+@triton.jit
+def sign_and_rest(x, y):
+    if x > 0:
+        return x, y
+    if x < -500:
+        return y, x
+    else:
+        return x + y, x - y
+
+
+@triton.jit
+def early_kernel(x_ptr, y_ptr, first_ptr, second_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    first, second = tl.map_elementwise(sign_and_rest, tl.load(x_ptr + at), tl.load(y_ptr + at))
+    tl.store(first_ptr + at, first)
+    tl.store(second_ptr + at, second)
+
+
+def test_map_elementwise_of_a_function_that_returns_early():
+    x, y = randint(-1000, 1000, (64,)), randint(0, 9, (64,), seed=1)
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    run(early_kernel, (1,), x, y, first, second, SIZE=64)
+    between = (x <= 0) & (x >= -500)
+    assert torch.equal(first, torch.where(x > 0, x, torch.where(between, x + y, y)))
+    assert torch.equal(second, torch.where(x > 0, y, torch.where(between, x - y, x)))

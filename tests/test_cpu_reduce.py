@@ -1,6 +1,8 @@
 """Reductions, scans, sorting, gathering and counting on the CPU target, against PyTorch."""
 
 import functools
+import itertools
+import math
 import operator
 
 import pytest
@@ -217,6 +219,47 @@ def test_bitonic_merge_of_up_and_down(isa):
     x, out = torch.cat([randn(16).sort()[0], randn(16, seed=1).sort(descending=True)[0]]), torch.zeros(32)
     run(merge_kernel, (1,), x, out, BLOCK=32)
     assert torch.equal(out, x.sort()[0])
+
+
+@triton.jit
+def greatest_divisor(a, b):
+    while b != 0:
+        a, b = b, a % b
+    return a
+
+
+@triton.jit
+def larger_and_its_place(a, i, b, j):
+    if b > a:
+        return b, j
+    if b == a and j < i:
+        return b, j
+    return a, i
+
+
+@triton.jit
+def statements_kernel(x_ptr, sums_ptr, runs_ptr, best_ptr, place_ptr, N: tl.constexpr, AXIS: tl.constexpr):
+    at = grid_2d(N, N)
+    x, i = tl.load(x_ptr + at), tl.arange(0, N)
+    tl.store(sums_ptr + i, tl.reduce(x, AXIS, greatest_divisor))
+    tl.store(runs_ptr + at, tl.associative_scan(x, AXIS, greatest_divisor))
+    best, place = tl.reduce((x, at), AXIS, larger_and_its_place)
+    tl.store(best_ptr + i, best)
+    tl.store(place_ptr + i, place)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_functions_that_combine_may_branch_and_loop(isa, axis):
+    x = 12 * randint(1, 20, (16, 16))
+    sums, runs, best, place = (torch.zeros_like(x) for _ in range(4))
+    run(statements_kernel, (1,), x, sums, runs, best, place, N=16, AXIS=axis)
+    rows = (x if axis else x.T).tolist()
+    divisors = torch.tensor([list(itertools.accumulate(row, math.gcd)) for row in rows], dtype=torch.int32)
+    assert torch.equal(runs if axis else runs.T, divisors)
+    assert torch.equal(sums[0], divisors[:, -1])
+    assert torch.equal(best[0], x.amax(axis))
+    first = x.argmax(axis)
+    assert torch.equal(place[0].long(), 16 * torch.arange(16) + first if axis else 16 * first + torch.arange(16))
 
 
 @triton.jit

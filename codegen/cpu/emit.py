@@ -19,7 +19,8 @@ GRID = ("num_x", "num_y", "num_z")
 AXES = {"x": 0, "y": 1, "z": 2}
 LARGE = 1 << 30
 REGISTERS = {16: 32, 8: 16, 4: 16}  # of vectors, by their lanes
-IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "tt.map_elementwise.return", "ub.poison"))
+IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "ub.poison"))
+IGNORED |= {"tt.map_elementwise.return", "tt.reduce.return", "tt.scan.return"}
 CONTROL = {"scf.for": "print_for", "scf.if": "print_if", "scf.while": "print_while"}
 CONTROL |= {"scf.execute_region": "print_region"}
 STACK_LIMIT = 256 << 10  # bytes of arrays on the stack: on some systems threads have 512 KiB
@@ -101,6 +102,14 @@ class KernelPrinter:
             indent = self.lines[at][: -len(self.lines[at].lstrip())]
             self.lines[at] = f"{indent}{element} (&{name})[{size}] = *({element} (*)[{size}])({scratch}.at + {start});"
         return [f"  const Scratch {scratch}({self.scratch_bytes});"]
+
+    @contextmanager
+    def lines_aside(self) -> Iterator[list[str]]:
+        """What is emitted inside goes into a list of its own."""
+        outer, self.lines = self.lines, []
+        indent, self.indent = self.indent, 0
+        yield self.lines
+        self.lines, self.indent = outer, indent
 
     # -- the kernel
 

@@ -10,7 +10,7 @@ from ...compiler.errors import UnsupportedKernel
 from .build import PRELUDE
 from .ir import Block, Function, Op, Type, Value
 from .normalize import normalize
-from .structure import FlatFunction, inlined
+from .structure import LABELS, FlatFunction, inlined
 
 LOCATION_LINE = re.compile(r"^(#loc\w*) = loc\((.*)\)$")
 FILE_LOCATION = re.compile(r'"([^"]+)":(\d+):\d+')
@@ -169,18 +169,25 @@ class Parser:
             if (promise := DIVISIBILITY.search(found[2])) and arg.type.element != "ptr":
                 self.divisors[arg] = int(promise[1])
         self.at += 1
+        function.blocks, _ = self.parse_region()
+        self.scopes.pop()
+        return function
+
+    def parse_region(self) -> tuple[dict[str, Block], str]:
+        """Blocks by label, up to the line that closes the region; that line is returned too."""
+        blocks: dict[str, Block] = {}
         label, block = "entry", Block()
         while not (line := self.lines[self.at]).startswith("}"):
             if line.startswith("^bb"):
-                function.blocks[label] = block
-                label, block = LABEL.match(line)[0], Block()
+                if block.ops:
+                    blocks[label], block = block, Block()
+                label = LABEL.match(line)[0]
                 self.parse_block_args(block)
             else:
                 block.ops.append(self.parse_op())
-        function.blocks[label] = block
+        blocks[label] = block
         self.at += 1
-        self.scopes.pop()
-        return function
+        return blocks, line
 
     def parse_block_args(self, block: Block) -> None:
         line = re.sub(r" loc\(callsite\([^()]*\)\)| loc\([^()]*(\([^()]*\))?\)", "", self.lines[self.at])
@@ -188,17 +195,11 @@ class Parser:
         self.at += 1
 
     def parse_block(self) -> tuple[Block, str]:
-        """Ops up to the line that closes the region; that line is returned too."""
-        block = Block()
+        """The only block of a region, in a scope of its own, and the line that closes the region."""
         self.scopes.append({})
-        while not self.lines[self.at].startswith("}"):
-            if self.lines[self.at].startswith("^bb"):
-                self.parse_block_args(block)
-            else:
-                block.ops.append(self.parse_op())
-        closing = self.lines[self.at]
-        self.at += 1
+        blocks, closing = self.parse_region()
         self.scopes.pop()
+        (block,) = blocks.values()
         return block, closing
 
     def parse_op(self) -> Op:
@@ -285,8 +286,12 @@ class Parser:
             op.attrs["pack"] = int(pack[1])
         op.attrs["reverse"] = "reverse = true" in line
         self.at += 1
-        block, closing = self.parse_block()
-        op.blocks = [block]
+        self.scopes.append({})
+        blocks, closing = self.parse_region()
+        self.scopes.pop()
+        op.blocks = list(blocks.values())
+        if len(blocks) > 1:
+            op.attrs[LABELS] = list(blocks)
         closing, op.location = self.split_location(closing)
         op.attrs["types"] = types_in(closing.rsplit("->", 1)[1])
 

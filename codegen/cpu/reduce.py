@@ -1,4 +1,4 @@
-"""Print reductions, scans and dots."""
+"""Print reductions and scans."""
 
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ CHEAP = 24  # bodies above this cost are not worth unrolling
 
 
 class ReducePrinter:
-    """Reductions, scans and dots of RootPrinter."""
+    """Reductions and scans of RootPrinter."""
 
     # -- combining
 
@@ -66,8 +66,12 @@ class ReducePrinter:
                 cells[inner.result] = evaluator.elementwise(inner, [cell(operand) for operand in inner.operands])
         return [cell(operand) for operand in block.ops[-1].operands]
 
-    def combined(self, evaluator: Evaluator, op: Op, left: list[Cell], right: list[Cell]) -> list[str]:
-        """The combined values as expressions."""
+    def combined(
+        self, evaluator: Evaluator, op: Op, left: list[Cell], right: list[Cell], first: str = "false"
+    ) -> list[str]:
+        """The combined values as expressions. first: C++ that holds where there is nothing on the left yet."""
+        if has_control_flow(op):
+            return self.combined_by_statements(evaluator.nest, op, left, right, first)
         single = self.combiner(op.blocks[0])
         width = evaluator.nest.width
         if single is not None:
@@ -75,6 +79,25 @@ class ReducePrinter:
             return [spell(single, [left[0].text, evaluator.vector(right[0], type_)], width)]
         results = self.combine(evaluator, op.blocks[0], left, right)
         return [evaluator.vector(cell, operand.type) for cell, operand in zip(results, op.operands, strict=True)]
+
+    def combined_by_statements(self, nest: Nest, op: Op, left: list[Cell], right: list[Cell], first: str) -> list[str]:
+        """A region with branches or loops, printed as it stands: one element at a time. Returns what it yields."""
+        kernel, block = self.kernel, op.blocks[0]
+        names = [nest.fresh(f"{operand.name}_next") for operand in op.operands]
+        for name, operand, cell in zip(names, op.operands, right, strict=True):
+            nest.add(nest.depth, f"{lanes_type(operand.type.element, 1)} {name} = {cell.text};")
+        with kernel.lines_aside() as lines:
+            kernel.emit(f"if (!({first})) {{")
+            with kernel.braces():
+                for arg, cell in zip(block.args, left + right, strict=True):
+                    kernel.let(arg, cell.text)
+                kernel.block(block)
+                for name, value in zip(names, block.ops[-1].operands, strict=True):
+                    kernel.emit(f"{name} = {kernel.text(value)};")
+            kernel.emit("}")
+        for line in lines:
+            nest.add(nest.depth, line)
+        return names
 
     # -- reductions
 
@@ -88,6 +111,8 @@ class ReducePrinter:
         vector_dim, width = self.vector_dim(shape, op.operands)
         if tail is not None:
             vector_dim, width = axis, self.width(shape, axis, op.operands)
+        if has_control_flow(op):
+            vector_dim, width = None, 1
         others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
         along = vector_dim is None or vector_dim == axis
         order = [*others, axis] if along else [*others, vector_dim, axis]
@@ -122,8 +147,8 @@ class ReducePrinter:
             at = nest.indices()
             cells = [evaluator.at(operand, at) for operand in op.operands]
             accumulators = accumulated(nest, names[copy % copies])
-            texts = self.combined(evaluator, op, accumulators, cells)
             first = self.first_turn(nest, axis)
+            texts = self.combined(evaluator, op, accumulators, cells, first)
             if len(texts) > 1:  # one may be another's accumulator
                 texts = [
                     nest.let(nest.depth, lanes_type(operand.type.element, width), f"{operand.name}_next", text)
@@ -295,7 +320,7 @@ class ReducePrinter:
             return
         vector_dim, width = self.vector_dim(shape, op.operands)
         along = vector_dim == axis
-        if along and op.attrs["reverse"]:
+        if has_control_flow(op) or (along and op.attrs["reverse"]):
             vector_dim, width, along = None, 1, False
         others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
         nest = self.nest(
@@ -315,8 +340,8 @@ class ReducePrinter:
             if along:
                 cells = self.scan_lanes(op, evaluator, cells)
             totals = accumulated(nest, mine)
-            texts = self.combined(evaluator, op, totals, cells)
             first = self.first_turn(nest, axis) if along else f"{nest.index_name[axis]} == 0"
+            texts = self.combined(evaluator, op, totals, cells, first)
             running = []
             for operand, cell, text in zip(op.operands, cells, texts, strict=True):
                 choice = f"{first} ? {evaluator.vector(cell, operand.type)} : {text}"
@@ -355,6 +380,11 @@ class ReducePrinter:
             ]
             step *= 2
         return cells
+
+
+def has_control_flow(op: Op) -> bool:
+    """Whether a reduction's or scan's region has branches or loops."""
+    return any(inner.blocks for inner in op.blocks[0].ops)
 
 
 def accumulated(nest: Nest, names: list[str]) -> list[Cell]:

@@ -7,7 +7,8 @@
     %r = tt.call @f(%x)                        -->     the ops of f, where it returns in one place;
                                                        else %r = scf.execute_region { ...; tt.return %y }
 
-Triton's front end makes blocks only for `return` inside of `if`: they never form a loop. `tt.return` ends the innermost
+Triton's front end makes blocks only for `return` inside of `if`: they never form a loop. The region of a
+tt.map_elementwise has them too, and keeps their labels in `attrs` until they are nested. `tt.return` ends the innermost
 scf.execute_region around it, else the program.
 """
 
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 
 from ...compiler.errors import UnsupportedKernel
 from .ir import Block, Op, Value
+
+LABELS = "labels"  # attribute of an op whose region has several blocks
 
 
 @dataclass(eq=False)
@@ -29,9 +32,9 @@ class FlatFunction:
 def inlined(functions: dict[str, FlatFunction], kernel: FlatFunction) -> Block:
     """The kernel's body as one block of nested regions. Raises UnsupportedKernel where functions call themselves."""
     entry = next(iter(kernel.blocks.values()))
-    if len(functions) == 1 and len(kernel.blocks) == 1:
+    if len(functions) == 1 and len(kernel.blocks) == 1 and not any(LABELS in op.attrs for op in entry.walk()):
         return entry
-    return Block(ops=Inliner(functions).body(kernel, {arg: arg for arg in kernel.args}))
+    return Inliner(functions).nested(kernel.blocks, {arg: arg for arg in kernel.args})
 
 
 class Inliner:
@@ -41,13 +44,6 @@ class Inliner:
         self.functions = functions
         self.calls: list[str] = []
         self.names: set[str] = {arg.name for function in functions.values() for arg in function.args}
-
-    def body(self, function: FlatFunction, known: dict[Value, Value]) -> list[Op]:
-        ops: list[Op] = []
-        Nesting(self, function.blocks, known).add(next(iter(function.blocks)), None, ops)
-        return ops
-
-    # -- copies
 
     def value(self, value: Value, op: Op | None = None) -> Value:
         name, count = value.name, 1
@@ -64,13 +60,26 @@ class Inliner:
         return copies
 
     def copy_op(self, op: Op, known: dict[Value, Value]) -> Op:
-        made = Op(op.name, [known.get(v, v) for v in op.operands], attrs=op.attrs, location=op.location)
-        for block in op.blocks:
-            args = [self.value(arg) for arg in block.args]
-            known.update(zip(block.args, args, strict=True))
-            made.blocks.append(Block(args, self.copy(block.ops, known)))
+        attrs = {key: value for key, value in op.attrs.items() if key != LABELS}
+        made = Op(op.name, [known.get(v, v) for v in op.operands], attrs=attrs, location=op.location)
+        if LABELS in op.attrs:
+            made.blocks = [self.nested(dict(zip(op.attrs[LABELS], op.blocks, strict=True)), known)]
+        else:
+            made.blocks = [Block(self.copy_args(block, known), self.copy(block.ops, known)) for block in op.blocks]
         made.results = [self.value(result, made) for result in op.results]
         known.update(zip(op.results, made.results, strict=True))
+        return made
+
+    def copy_args(self, block: Block, known: dict[Value, Value]) -> list[Value]:
+        args = [self.value(arg) for arg in block.args]
+        known.update(zip(block.args, args, strict=True))
+        return args
+
+    def nested(self, blocks: dict[str, Block], known: dict[Value, Value]) -> Block:
+        """The blocks of a function or region, by label, as one: a copy. known: what is outside of them in the copy."""
+        label, entry = next(iter(blocks.items()))
+        made = Block(self.copy_args(entry, known))
+        Nesting(self, blocks, known).add(label, None, made.ops)
         return made
 
     def call(self, op: Op, known: dict[Value, Value]) -> list[Op]:
@@ -79,7 +88,8 @@ class Inliner:
             raise UnsupportedKernel(f"{name} calls itself: recursion is not supported on CPU")
         callee = self.functions[name]
         self.calls.append(name)
-        ops = self.body(callee, dict(zip(callee.args, (known.get(v, v) for v in op.operands), strict=True)))
+        args = dict(zip(callee.args, (known.get(v, v) for v in op.operands), strict=True))
+        ops = self.nested(callee.blocks, args).ops
         self.calls.pop()
         if sum(inner.name == "tt.return" for inner in Block(ops=ops).walk()) == 1 and ops[-1].name == "tt.return":
             known.update(zip(op.results, ops[-1].operands, strict=True))
