@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from .graph import Graph, is_tensor
+from .graph import Graph, is_tensor, is_view
 from .vocabulary import nbytes, op_of, read_bytes
 
 CONTEXT = 512
@@ -78,10 +78,7 @@ def is_free(node: fx.Node) -> bool:
     """Whether a call only looks at memory in another way, parts of a quantized weight too, or computes a size."""
     if not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload):
         return True
-    if node.target is torch.ops.effc.dequantize.default:
-        return True
-    returns = node.target._schema.returns
-    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+    return node.target is torch.ops.effc.dequantize.default or is_view(node)
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -140,6 +140,14 @@ def writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether the result of a call may lie in the memory of its first argument, which it does not change."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not is_tensor(next(iter(node.args), None)):
+        return False
+    returns = node.target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+
+
 def is_output(node: fx.Node) -> bool:
     """Whether the caller gets the value of the node."""
     return any(user.op == "output" for user in node.users)

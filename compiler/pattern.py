@@ -8,12 +8,18 @@ A pattern names the arguments it cares about, in the order of the op's schema; e
 default value, so `op(aten.gelu.default, X)` is not the tanh approximation and `op(aten.add.Tensor, X, Y)` has
 alpha 1. A name that occurs twice must stand for the same node or number. Operands of commutative ops are tried in
 both orders, and a choice that fails later is taken back.
+
+    PRODUCT = op(aten.mul.Tensor, X, Y).only_user()    # nothing but the match uses the product
+    SILU = closed(op(aten.mul.Tensor, X, op(aten.sigmoid.default, X)))    # nor anything within, up to the root
+
+Who uses a node is known once the whole match is: `rewrite` declines a match whose conditions do not hold, with the
+node that is used elsewhere as the reason.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,11 +48,15 @@ CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to
 
 
 class Bindings(NamedTuple):
-    """What a partial match has found: names bound to nodes or numbers, and the op nodes it consists of."""
+    """What a partial match has found: names bound to nodes or numbers, and the op nodes it consists of.
+
+    private: nodes that nothing outside of the whole match may use.
+    """
 
     graph: Graph
     names: Mapping[str, Any]
     nodes: tuple[fx.Node, ...]
+    private: tuple[fx.Node, ...] = ()
 
     def bind(self, name: str, value: Any) -> Bindings | None:
         """These bindings with `name` standing for `value`; None if it stands for something else already."""
@@ -70,6 +80,10 @@ class Pattern:
     def named(self, name: str) -> Pattern:
         """This pattern, with what it matches bound to `name`."""
         return Named(self, name)
+
+    def only_user(self) -> Pattern:
+        """This pattern, where nothing but the match uses the node: what is rewritten with it is not needed again."""
+        return OnlyUser(self)
 
     def __or__(self, other: Pattern) -> Pattern:
         return OneOf((self, other))
@@ -118,6 +132,37 @@ class Named(Pattern):
             yield from self.pattern.match(value, bound)
 
 
+class OnlyUser(Pattern):
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+
+    @property
+    def targets(self) -> frozenset[Any] | None:
+        return self.pattern.targets
+
+    def match(self, value: Any, bindings: Bindings) -> Iterator[Bindings]:
+        for bound in self.pattern.match(value, bindings):
+            yield bound._replace(private=(*bound.private, value))
+
+
+class Closed(Pattern):
+    """Nothing but the match uses the calls that `pattern` covers, besides its root and those named in `shared`."""
+
+    def __init__(self, pattern: Pattern, shared: tuple[str, ...]) -> None:
+        self.pattern = pattern
+        self.shared = shared
+
+    @property
+    def targets(self) -> frozenset[Any] | None:
+        return self.pattern.targets
+
+    def match(self, value: Any, bindings: Bindings) -> Iterator[Bindings]:
+        for bound in self.pattern.match(value, bindings):
+            open_ = (value, *(bound.names.get(name) for name in self.shared))
+            inner = (node for node in bound.nodes[len(bindings.nodes) :] if node not in open_)
+            yield bound._replace(private=(*bound.private, *inner))
+
+
 class OneOf(Pattern):
     def __init__(self, choices: tuple[Pattern, ...]) -> None:
         self.choices = choices
@@ -163,6 +208,21 @@ class Call(Pattern):
         if value.target in COMMUTATIVE and len(self.args) >= 2 and not same(values[0], values[1]):
             values[:2] = reversed(values[:2])
             yield from match_all(patterns, values, bindings)
+
+
+class CallOf(Pattern):
+    """A node that calls one of `calls`, whatever its arguments."""
+
+    def __init__(self, calls: Iterable[Any]) -> None:
+        self.calls = frozenset(calls)
+
+    @property
+    def targets(self) -> frozenset[Any] | None:
+        return self.calls
+
+    def match(self, value: Any, bindings: Bindings) -> Iterator[Bindings]:
+        if isinstance(value, fx.Node) and value.op == "call_function" and value.target in self.calls:
+            yield bindings._replace(nodes=(*bindings.nodes, value))
 
 
 class Cast(Pattern):
@@ -234,9 +294,9 @@ def pattern(value: Any) -> Pattern:
     return Literal(value)
 
 
-def any_(name: str) -> Pattern:
-    """Any node or value."""
-    return Anything(name)
+def any_(name: str, fits: Callable[[Graph, Any], bool] | None = None) -> Pattern:
+    """Any node or value (for which `fits(graph, value)`, when given)."""
+    return Anything(name) if fits is None else Anything(name, fits)
 
 
 def tensor(name: str) -> Pattern:
@@ -264,6 +324,16 @@ def op(*signature: Any, **kwargs: Any) -> Pattern:
         split += 1
     args = tuple(pattern(argument) for argument in signature[split:])
     return Call(signature[:split], args, {name: pattern(value) for name, value in kwargs.items()})
+
+
+def call_of(calls: Iterable[Any]) -> Pattern:
+    """A call of any of these targets, whatever its arguments."""
+    return CallOf(calls)
+
+
+def closed(pattern: Pattern, *shared: str) -> Pattern:
+    """`pattern`, where nothing but the match uses what is within it; its root and the names `shared` may be used."""
+    return Closed(pattern, shared)
 
 
 def cast(source: Pattern, dtype: torch.dtype | None = None) -> Pattern:

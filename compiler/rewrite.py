@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .aliasing import ReadTooLate, check_unwritten, why_separate
 from .estimate import Estimate, of_fusing
 from .graph import Graph
 from .pattern import Bindings, Pattern
@@ -86,6 +87,7 @@ class Match:
         self.root = root
         self.names = bindings.names
         self.nodes = tuple(dict.fromkeys(bindings.nodes))
+        self.private = bindings.private
         self.reason: str | None = None
         self.created: list[fx.Node] = []
 
@@ -102,22 +104,23 @@ class Match:
         """The fake tensor of the node that `name` stands for: its shape and dtype."""
         return self.names[name].meta["val"]
 
-    def shared(self, *allowed: fx.Node) -> fx.Node | None:
-        """A covered node that something outside the match uses too, besides the root and those allowed; or None."""
-        covered = set(self.nodes)
-        for node in self.nodes:
-            if node not in (self.root, *allowed) and not covered.issuperset(node.users):
-                return node
-        return None
+    def used_outside(self, nodes: Iterable[fx.Node]) -> fx.Node | None:
+        """The first of the nodes that something outside the match uses, or None."""
+        covered = {self.root, *self.nodes}
+        return next((node for node in nodes if not covered.issuperset(node.users)), None)
 
     def decline(self, reason: str) -> None:
         """Leave the graph as it is, and say why. For use as `return match.decline(...)`."""
         self.reason = reason
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node in the place of the root, with its shape from the shape rule."""
+        """A new node in the place of the root, with its shape from the shape rule.
+
+        Raises ReadTooLate, which declines the match, where an operand is no longer what it was when it was matched.
+        """
         node = insert(self.graph, self.root, target, *args, origins=self.nodes, **kwargs)
         self.created.append(node)
+        check_unwritten(node)
         return node
 
 
@@ -157,8 +160,8 @@ def apply(graph: Graph, node: fx.Node, rule: Rule, misses: list[Miss]) -> bool:
     reason, cost = None, None
     for bindings in rule.pattern.match(node, Bindings(graph, {}, ())):
         match = Match(graph, node, bindings)
-        replacement = rule.rewrite(match)
-        if replacement is not None and replacement is not node:
+        replacement = replacement_of(match, rule)
+        if replacement is not None:
             replace(graph, node, replacement)
             erase_unused(graph, *match.created)
             return True
@@ -168,6 +171,21 @@ def apply(graph: Graph, node: fx.Node, rule: Rule, misses: list[Miss]) -> bool:
     if reason is not None:
         misses.append(Miss.at(node, rule.name, reason, cost))
     return False
+
+
+def replacement_of(match: Match, rule: Rule) -> fx.Node | None:
+    """What the rule puts in the place of a match, if the conditions hold that its pattern and all rules have."""
+    if (node := match.used_outside(match.private)) is not None:
+        return match.decline(f"{node.name} is used elsewhere too")
+    try:
+        replacement = rule.rewrite(match)
+    except ReadTooLate as reason:
+        return match.decline(str(reason))
+    if replacement is None or replacement is match.root:
+        return None
+    if replacement not in match.created and (reason := why_separate(match.root, replacement)):
+        return match.decline(reason)
+    return replacement
 
 
 def replace(graph: Graph, node: fx.Node, replacement: fx.Node) -> None:

@@ -16,7 +16,7 @@ from effc.codegen.scope import Scope
 from effc.codegen.table import TEMPLATES
 from effc.codegen.template import Arguments, power_of_two
 from effc.compiler.graph import Graph, sizes
-from effc.compiler.pattern import any_, const, op, tensor
+from effc.compiler.pattern import any_, closed, const, op, tensor
 from effc.compiler.rewrite import Match, PassResult, Rule, rewrite
 from effc.compiler.vocabulary import define, numel, streamed
 from effc.passes.per_token import CHECKS, rms_norm
@@ -42,14 +42,12 @@ def l2_normalize(x: Tensor, eps: float) -> Tensor:
 LENGTH = op(aten.linalg_vector_norm.default, tensor("x"), 2, any_("dims"), True)
 DIVISOR = op(aten.clamp_min.default, LENGTH, const("eps"))
 SPREAD = op(aten.expand_as.default, DIVISOR, tensor("x")) | op(aten.expand.default, DIVISOR, any_("sizes")) | DIVISOR
-NORMALIZED = op(aten.div.Tensor, tensor("x"), SPREAD)
+NORMALIZED = closed(op(aten.div.Tensor, tensor("x"), SPREAD))  # whose length nothing else uses
 
 
 def to_l2_normalize(match: Match) -> fx.Node | None:
     if match["dims"] not in ([-1], [match.root.meta["val"].ndim - 1]):
         return match.decline(f"it normalizes along {match['dims']}, not along the last axis")
-    if match.shared() is not None:
-        return match.decline("the length is used elsewhere too")
     return match.call(torch.ops.effc.l2_normalize.default, match["x"], match["eps"])
 
 

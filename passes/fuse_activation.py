@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..compiler.graph import Graph, dtype_of
-from ..compiler.pattern import Pattern, const, op, tensor
+from ..compiler.pattern import Pattern, closed, const, op, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, rewrite
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ SQUARE = op(aten.mul.Tensor, X, op(aten.mul.Tensor, X, const("cubic")))
 FACTORED = op(aten.mul.Tensor, op(aten.mul.Tensor, X, const("factor")), op(aten.add.Tensor, SQUARE, 1))
 TANH = op(aten.tanh.default, op(aten.mul.Tensor, op(aten.add.Tensor, X, CUBE), const("factor")) | FACTORED)
 ERF = op(aten.erf.default, op(aten.mul.Tensor, X, const("factor")) | op(aten.div.Tensor, X, const("divisor")))
-SILU = op(aten.mul.Tensor, X, op(aten.sigmoid.default, X))
+SILU = closed(op(aten.mul.Tensor, X, op(aten.sigmoid.default, X)))
 
 
 def half_of(gate: Pattern) -> Pattern:
@@ -41,8 +41,8 @@ def half_of(gate: Pattern) -> Pattern:
     )
 
 
-GELU_TANH = half_of(TANH)
-GELU = half_of(ERF)
+GELU_TANH = closed(half_of(TANH))
+GELU = closed(half_of(ERF))
 
 
 def unfit(match: Match) -> str | None:
@@ -56,8 +56,7 @@ def unfit(match: Match) -> str | None:
     ):
         if name in match and not math.isclose(match[name], expected, rel_tol=1e-6):
             return f"a constant is {match[name]}, not {expected}"
-    shared = match.shared()
-    return None if shared is None else f"{shared.name} is used elsewhere too"
+    return None
 
 
 def to_silu(match: Match) -> fx.Node | None:

@@ -40,17 +40,23 @@ from ..compiler.weights import Concat, Constant, Weight, transposed
 aten = torch.ops.aten
 linear = OPS["linear"].target
 
+
+def is_vector(recipe: Weight | None) -> bool:
+    return recipe is not None and len(recipe.shape) == 1
+
+
 X, W, BIAS = tensor("x"), tensor("weight"), any_("bias")
 LINEAR = op(aten.linear.default, X, W, BIAS)
 ADDMM = op(aten.addmm.default, BIAS, X, tensor("transposed"))
 MATMUL = op(aten.matmul.default, aten.mm.default, X, tensor("transposed"))
 
-PLAIN = op(linear, X, W, BIAS).named("linear")  # neither residual nor activation yet
-ACTIVATED = op(linear, X, W, BIAS, None, any_("activation")).named("linear")
-RESHAPED = op(
-    aten.reshape.default, op(linear, op(aten.reshape.default, X, any_("rows")), W, BIAS).named("linear"), any_("sizes")
-)
-BIASED = op(aten.add.Tensor, PLAIN, tensor("addend"))
+ADDEND = any_("addend", lambda graph, value: is_tensor(value) and is_vector(recipe_of(graph, value)))
+PLAIN = op(linear, X, W, BIAS).named("linear").only_user()  # neither residual nor activation yet
+UNBIASED = op(linear, X, W).named("linear").only_user()
+ACTIVATED = op(linear, X, W, BIAS, None, any_("activation")).named("linear").only_user()
+OF_ROWS = op(linear, op(aten.reshape.default, X, any_("rows")), W, BIAS).named("linear").only_user()
+RESHAPED = op(aten.reshape.default, OF_ROWS, any_("sizes"))
+BIASED = op(aten.add.Tensor, UNBIASED, ADDEND)
 RESIDUAL = op(aten.add.Tensor, ACTIVATED, tensor("residual"))
 
 ACTIVATIONS = {
@@ -89,18 +95,10 @@ def to_linear_of_transposed(match: Match) -> fx.Node | None:
     return to_linear(match, "transposed", (1, 0))
 
 
-def lone(match: Match) -> str | None:
-    """Why the linear of a match cannot become one with what follows it; None if it can."""
-    users = len(match["linear"].users)
-    return None if users == 1 else f"the linear before it has {users} users"
-
-
 def to_linear_of_rows(match: Match) -> fx.Node | None:
     """Leading axes that are flattened for the linear and restored after it stay as they are."""
     if sizes(match.root)[-1:] != sizes(match["weight"])[:1]:
         return match.decline("the reshape after the linear changes the last axis")
-    if reason := lone(match):
-        return match.decline(reason)
     x, inner = match["x"], sizes(match["weight"])[1]
     if sizes(x) != (*sizes(match.root)[:-1], inner):
         x = match.call(aten.reshape.default, x, [*match["sizes"][:-1], int(inner)])
@@ -109,10 +107,8 @@ def to_linear_of_rows(match: Match) -> fx.Node | None:
 
 def to_biased(match: Match) -> fx.Node | None:
     addend = match["addend"]
-    if match["bias"] is not None or not is_bias(match.graph, addend, int(sizes(match["weight"])[0])):
-        return None
-    if reason := lone(match):
-        return match.decline(reason)
+    if not is_bias(match.graph, addend, int(sizes(match["weight"])[0])):
+        return match.decline(f"the addend {addend.name} is not a weight with one entry per output")
     if dtype_of(match.root) not in (torch.float32, torch.float64):
         return match.decline(f"the product is rounded to {dtype_of(match.root)} before the bias is added")
     if dtype_of(addend) != dtype_of(match["linear"]):
@@ -126,15 +122,11 @@ def to_residual(match: Match) -> fx.Node | None:
         return match.decline(f"{residual.name} and the linear differ in shape")
     if dtype_of(residual) != dtype_of(match["linear"]):
         return match.decline(f"{residual.name} is {dtype_of(residual)}, the linear {dtype_of(match['linear'])}")
-    if reason := lone(match):
-        return match.decline(reason)
     return match.call(linear, match["x"], match["weight"], match["bias"], residual, match["activation"])
 
 
 def activation_rule(name: str) -> Rule:
     def to_activated(match: Match) -> fx.Node | None:
-        if reason := lone(match):
-            return match.decline(reason)
         return match.call(linear, match["x"], match["weight"], match["bias"], None, name)
 
     return Rule(f"linear with {name}", ACTIVATIONS[name], to_activated)

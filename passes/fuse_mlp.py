@@ -13,7 +13,7 @@ from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, sizes
 from ..compiler.ops import OPS
-from ..compiler.pattern import any_, op, part, tensor
+from ..compiler.pattern import any_, closed, op, part, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, rewrite
 from .fuse_linear import concatenated, zeros
 
@@ -22,11 +22,12 @@ linear = OPS["linear"].target
 gated_linear = OPS["gated_linear"].target
 
 X = tensor("x")
-GATE = op(linear, X, tensor("gate_weight"), any_("gate_bias"), None, any_("activation")).named("gate")
-UP = op(linear, X, tensor("up_weight"), any_("up_bias")).named("up")
-TWO_LINEARS = op(aten.mul.Tensor, GATE, UP)
+ACTIVATION = any_("activation", lambda graph, value: value != "none")
+GATE = op(linear, X, tensor("gate_weight").only_user(), any_("gate_bias"), None, ACTIVATION)
+UP = op(linear, X, tensor("up_weight").only_user(), any_("up_bias"))
+TWO_LINEARS = op(aten.mul.Tensor, GATE.only_user(), UP.only_user())
 
-BOTH = op(linear, X, tensor("weight"), any_("bias")).named("both")
+BOTH = op(linear, X, tensor("weight"), any_("bias"))
 GATE_PART, UP_PART = part(BOTH, "gate_part"), part(BOTH, "up_part")
 ACTIVATIONS = {
     "silu": op(aten.silu.default, GATE_PART),
@@ -38,15 +39,8 @@ ACTIVATIONS = {
 
 def to_gated_linear(match: Match) -> fx.Node | None:
     gate, up = match["gate_weight"], match["up_weight"]
-    if match["activation"] == "none":
-        return None
-    if shared := match.shared():
-        return match.decline(f"{shared.name} is used elsewhere too")
     if sizes(gate) != sizes(up) or dtype_of(gate) != dtype_of(up):
         return match.decline("the two weights differ in shape or dtype")
-    for weight in (gate, up):
-        if len(weight.users) > 1:
-            return match.decline(f"the weight {weight.name} is used elsewhere too")
     recipes = match.graph.weights
     for operand in (gate, up, match["gate_bias"], match["up_bias"]):
         if operand is not None and operand.name not in recipes:
@@ -72,11 +66,9 @@ def gated_parts_rule(activation: str) -> Rule:
             return match.decline("the gate is the second half of the linear, not the first")
         if gate[:3] != (0, half, 1) or up[:3] != (half, gate.size, 1):
             return match.decline(f"gate {tuple(gate)} and up {tuple(up)} are not the two halves of the linear")
-        if shared := match.shared():
-            return match.decline(f"{shared.name} is used elsewhere too")
         return match.call(gated_linear, match["x"], match["weight"], match["bias"], activation)
 
-    pattern = op(aten.mul.Tensor, ACTIVATIONS[activation], UP_PART)
+    pattern = closed(op(aten.mul.Tensor, ACTIVATIONS[activation], UP_PART))
     return Rule(f"gated linear of halves with {activation}", pattern, to_gated_linear_of_parts)
 
 

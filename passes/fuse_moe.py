@@ -179,7 +179,8 @@ def misfit(match: Match) -> str | None:
     chosen = sizes(match["experts"])
     tokens, pairs = sympy.prod(chosen[:-1]), sympy.prod(chosen)
     count = sizes(match["down"])[0]
-    if (shared := match.shared(match["numbers"])) is not None:
+    inner = (node for node in match.nodes if node not in (match.root, match["numbers"]))
+    if (shared := match.used_outside(inner)) is not None:
         return f"{shared.name} is used elsewhere too"
     if sizes(match["scores"]) != chosen:
         return f"scores {list(sizes(match['scores']))} and chosen experts {list(chosen)} differ in shape"

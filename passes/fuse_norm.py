@@ -15,7 +15,7 @@ from torch import fx
 from ..compiler.fold import recipe_of, weight_of
 from ..compiler.graph import Graph, dtype_of, sizes
 from ..compiler.ops import OPS
-from ..compiler.pattern import any_, cast, const, maybe_cast, op, tensor
+from ..compiler.pattern import any_, cast, closed, const, maybe_cast, op, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, add_weight, rewrite
 from ..compiler.weights import Cast
 from .normalize import holds
@@ -49,9 +49,6 @@ def unfit(match: Match) -> str | None:
         return f"it is computed in {match.value('wide').dtype}, not in fp32"
     if match.value("wide").dtype == torch.float64 and match.value("x").dtype != torch.float64:
         return "it is computed in fp64 for an input of lower precision"
-    shared = match.shared(match["wide"])
-    if shared is not None:
-        return f"{shared.name} is used elsewhere too"
     return None
 
 
@@ -128,13 +125,13 @@ def to_layer_norm(match: Match) -> fx.Node | None:
 
 # What rounds at the end comes first: inside it, the same norm of the widened input would match too.
 RULES = (
-    Rule("rms_norm, scaled in fp32", SCALED_WIDE, to_rms_norm_scaled_wide),
-    Rule("rms_norm, scaled after rounding", SCALED_ROUNDED, to_rms_norm_scaled_rounded),
-    Rule("rms_norm, rounded", ROUNDED, to_rms_norm),
-    Rule("rms_norm without scale", NORMALIZED, to_rms_norm),
+    Rule("rms_norm, scaled in fp32", closed(SCALED_WIDE, "wide"), to_rms_norm_scaled_wide),
+    Rule("rms_norm, scaled after rounding", closed(SCALED_ROUNDED, "wide"), to_rms_norm_scaled_rounded),
+    Rule("rms_norm, rounded", closed(ROUNDED, "wide"), to_rms_norm),
+    Rule("rms_norm without scale", closed(NORMALIZED, "wide"), to_rms_norm),
     Rule("rms_norm of torch", COMPOSITE, to_rms_norm_from_composite),
-    Rule("layer_norm", cast(LAYER_NORM), to_layer_norm),
-    Rule("layer_norm in one dtype", LAYER_NORM, to_layer_norm),
+    Rule("layer_norm", closed(cast(LAYER_NORM), "wide"), to_layer_norm),
+    Rule("layer_norm in one dtype", closed(LAYER_NORM, "wide"), to_layer_norm),
 )
 
 

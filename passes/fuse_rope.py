@@ -17,7 +17,7 @@ from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, sizes
 from ..compiler.ops import OPS
-from ..compiler.pattern import any_, cast, op, part, tensor
+from ..compiler.pattern import any_, cast, closed, op, part, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, insert, rewrite
 from .normalize import PERMUTE, to_one_permute
 
@@ -49,7 +49,7 @@ TURNED_BEHIND = op(
 )
 PARTIAL_BEHIND = op(aten.cat.default, [TURNED_BEHIND, part(X, "rest")], AXIS)
 NO_REST = op(aten.cat.default, [op(rope, X, COS, SIN, INTERLEAVED).named("rotated"), part(X, "rest")], AXIS)
-IN_FP32 = cast(op(rope, cast(X).named("wide"), COS, SIN, INTERLEAVED))
+IN_FP32 = closed(cast(op(rope, cast(X).named("wide"), COS, SIN, INTERLEAVED)))
 
 
 def halves(match: Match) -> bool:
@@ -194,8 +194,6 @@ def to_rope_of_narrow(match: Match) -> fx.Node | None:
         return match.decline(f"the result is {dtype_of(match.root)}, the input {dtype}")
     if dtype not in (torch.bfloat16, torch.float16) or dtype_of(match["wide"]) != torch.float32:
         return match.decline(f"it widens {dtype} to {dtype_of(match['wide'])}, not a 16-bit type to fp32")
-    if shared := match.shared():
-        return match.decline(f"{shared.name} is used elsewhere too")
     tables = [widened(match.graph, match[name]) for name in ("cos", "sin")]
     return match.call(rope, x, *tables, match["interleaved"])
 

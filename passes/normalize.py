@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph, is_output, is_tensor, size_expr, writes
-from ..compiler.pattern import any_, arguments, const, op, tensor
+from ..compiler.graph import Graph, is_tensor, size_expr
+from ..compiler.pattern import any_, arguments, call_of, const, op, tensor
 from ..compiler.rewrite import Match, PassResult, Rule, rewrite
 from ..compiler.weights import Constant
 from .arguments import tidy_arguments, use_input_sizes
@@ -72,10 +72,8 @@ COPIES = frozenset(
 DROPOUT = op(aten.dropout.default, aten.feature_dropout.default, X, any_("p"), False)
 EXPAND = op(aten.expand.default, X, any_("sizes"))
 SLICE = op(aten.slice.Tensor, X, any_("dim"), any_("start"), any_("end"), any_("step"))
-ITEM = op(operator.getitem, any_("parts"), const("index"))
-SPLITS = frozenset(
-    {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int}
-)
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int)
+ITEM = op(operator.getitem, call_of(SPLITS).named("parts"), const("index"))
 INDEX = op(aten.index.Tensor, X, any_("indices"))
 CAT = op(aten.cat.default, any_("parts"), any_("dim"))
 ADD_ZERO = op(aten.add.Tensor, aten.sub.Tensor, X, 0)
@@ -191,11 +189,8 @@ def holds(narrow: torch.dtype, wide: torch.dtype) -> bool:
     )
 
 
-def to_its_input(match: Match) -> fx.Node | None:
-    """clone(x) --> x, unless the caller could tell: x is written to, or both belong to the caller."""
-    x = match.root.args[0]
-    belongs = is_output(match.root) and (x.op == "placeholder" or is_output(x))
-    return None if belongs or any(map(writes, x.users)) else x
+def to_its_input(match: Match) -> fx.Node:
+    return match.root.args[0]
 
 
 def to_input_if_same(match: Match) -> fx.Node | None:
@@ -219,8 +214,6 @@ def to_slice(match: Match) -> fx.Node | None:
 def to_part(match: Match) -> fx.Node | None:
     """getitem(split(x, ...), i) --> slice(x, dim, start, end);  getitem(unbind(x), i) --> select(x, dim, i)"""
     parts, index = match["parts"], match["index"]
-    if not isinstance(parts, fx.Node) or parts.target not in SPLITS:
-        return None
     x = parts.args[0]
     dim = arguments(parts)["dim"] % x.meta["val"].ndim
     if parts.target == aten.unbind.int:
@@ -337,24 +330,14 @@ def known_number(graph: Graph, value: Any) -> float | None:
     return None
 
 
-class AnyCall:
-    """A call of one of the targets, whatever its arguments."""
-
-    def __init__(self, targets: Any) -> None:
-        self.targets = frozenset(targets)
-
-    def match(self, value: fx.Node, bindings: Any) -> Any:
-        yield bindings._replace(nodes=(*bindings.nodes, value))
-
-
 RULES = (
     EINSUM,
     Rule("reshape", RESHAPE, to_reshape),
     Rule("flatten", FLATTEN, to_explicit_reshape),
     Rule("transpose", TRANSPOSE, to_permute),
     Rule("permute", PERMUTE, to_one_permute),
-    Rule("cast", AnyCall(CONVERSIONS), to_cast),
-    Rule("copy", AnyCall(COPIES), to_its_input),
+    Rule("cast", call_of(CONVERSIONS), to_cast),
+    Rule("copy", call_of(COPIES), to_its_input),
     Rule("dropout", DROPOUT, to_its_input),
     Rule("expand", EXPAND, to_input_if_same),
     Rule("slice", SLICE, to_slice),
@@ -366,9 +349,9 @@ RULES = (
     Rule("outer", OUTER, to_product),
     Rule("square", SQUARE, to_square),
     Rule("power", POWER, to_known_power),
-    Rule("logical", AnyCall(LOGICAL), to_bitwise),
-    Rule("scalar", AnyCall(SCALAR_OVERLOADS), to_tensor_overload),
-    Rule("number", AnyCall(BINARY), to_number),
+    Rule("logical", call_of(LOGICAL), to_bitwise),
+    Rule("scalar", call_of(SCALAR_OVERLOADS), to_tensor_overload),
+    Rule("number", call_of(BINARY), to_number),
 )
 
 

@@ -20,11 +20,14 @@ from effc.compiler.pattern import (
     Anything,
     Bindings,
     Call,
+    CallOf,
     Cast,
+    Closed,
     LastAxisPart,
     Literal,
     Named,
     OneOf,
+    OnlyUser,
     Pattern,
     Sequence,
 )
@@ -101,6 +104,8 @@ class Sample:
                 return [self.of(item) for item in pattern.items]
             case Named():
                 return self.remember(pattern.name, lambda: self.of(pattern.pattern, kind, before))
+            case OnlyUser() | Closed():
+                return self.of(pattern.pattern, kind, before)
             case OneOf():
                 return self.of(self.chance.choice(pattern.choices), kind, before)
             case Anything():
@@ -113,6 +118,8 @@ class Sample:
                 return self.part(pattern)
             case Call():
                 return self.sample_call(pattern)
+            case CallOf():
+                return self.any_call(pattern)
         raise Mismatch(f"{type(pattern).__name__} cannot be sampled")
 
     def remember(self, name: str, make: Callable[[], Any]) -> Any:
@@ -184,6 +191,15 @@ class Sample:
         if target in COMMUTATIVE and self.chance.random() < 0.5:
             args[:2] = reversed(args[:2])
         return self.call(target, tuple(args), kwargs)
+
+    def any_call(self, pattern: CallOf) -> fx.Node:
+        """A call with a leaf or a value for every argument that has no default."""
+        target = self.chance.choice(sorted(pattern.calls, key=str))
+        args: list[Any] = []
+        for argument in target._schema.arguments:
+            if not argument.has_default_value():
+                args.append(self.leaf(Anything(argument.name), str(argument.type), args))
+        return self.call(target, tuple(args), {})
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         real_args, real_kwargs = fx.node.map_arg((args, kwargs), self.values.__getitem__)

@@ -149,3 +149,27 @@ def test_control_flow_is_refused_in_one_line(backend):
         torch.compile(branch, backend=backend)(torch.ones(3))
     assert isinstance(error.value.inner_exception, ModelError)
     assert "calls a graph of its own" in str(error.value.inner_exception)
+
+
+def gelu_of_what_it_doubles(x):
+    half, gate = x * 0.5, 1 + torch.erf(x / 2**0.5)
+    x.mul_(2)
+    return half * gate + x
+
+
+def copies_of_what_it_doubles(x):
+    copies = x + 0, x * 1, x.double().float(), torch.cat([x]), x.clone()[0]
+    x.mul_(2)
+    return copies
+
+
+@pytest.mark.parametrize("function", [gelu_of_what_it_doubles, copies_of_what_it_doubles])
+def test_passes_do_not_move_reads_behind_writes(backend, function):
+    given = torch.linspace(-2, 2, 12).reshape(3, 4)
+    x, y = given.clone(), given.clone()
+    expected, found = function(x), torch.compile(function, backend=backend)(y)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(y, x)
+    memory = [tensor.data_ptr() for tensor in (found if isinstance(found, tuple) else (found,))]
+    assert y.data_ptr() not in memory
+    assert len(set(memory)) == len(memory)

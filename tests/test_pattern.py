@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from effc.compiler.graph import Graph
-from effc.compiler.pattern import Bindings, Part, Pattern, any_, cast, const, maybe_cast, op, part, tensor, weight
+from effc.compiler.pattern import (
+    Bindings,
+    Part,
+    Pattern,
+    any_,
+    call_of,
+    cast,
+    closed,
+    const,
+    maybe_cast,
+    op,
+    part,
+    tensor,
+    weight,
+)
 from effc.compiler.rewrite import Rule, add_weight, insert, rewrite, source_line
 from effc.compiler.weights import Read
 from effc.passes.normalize import normalize
@@ -18,7 +32,7 @@ aten = torch.ops.aten
 X, Y = tensor("x"), tensor("y")
 
 
-def graph(function) -> Graph:
+def graph(function, normalized: bool = True) -> Graph:
     """The graph of function(w, x, y) with a weight w [8] and inputs x and y [B, S, 8], B and S symbolic."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
@@ -32,7 +46,8 @@ def graph(function) -> Graph:
         node.meta["stack_trace"] = f'File "/models/tiny.py", line 7, in forward\n    {node.name} = ...\n'
     (output,) = (node for node in result.nodes if node.op == "output")
     output.args = ((output.args[0],),)
-    normalize(result)
+    if normalized:
+        normalize(result)
     return result
 
 
@@ -110,6 +125,18 @@ def test_parts_of_the_last_axis_are_named_however_they_are_cut():
     assert found(lambda w, x, y: -x[:, :2], pattern) == []
 
 
+def test_a_call_of_many_targets_takes_any_arguments():
+    pattern = op(aten.neg.default, call_of([aten.add.Tensor, aten.sub.Tensor]).named("sum"))
+    assert found(lambda w, x, y: -torch.add(x, y, alpha=2), pattern) == [{"sum": "add"}]
+    assert found(lambda w, x, y: -(x * y), pattern) == []
+
+
+def test_a_name_may_ask_for_more():
+    pattern = op(aten.mul.Tensor, X, any_("y", lambda graph, value: getattr(value, "name", "") != "x"))
+    assert found(lambda w, x, y: x * y, pattern) == [{"x": "x", "y": "y"}]
+    assert found(lambda w, x, y: x * x.neg(), op(aten.mul.Tensor, X, any_("n", lambda *_: False))) == []
+
+
 def test_alternatives_know_their_targets():
     either = op(aten.exp.default, X) | op(aten.log.default, X)
     assert either.targets == {aten.exp.default, aten.log.default}
@@ -146,6 +173,84 @@ def test_a_declined_match_leaves_the_graph_alone_and_says_why():
     (miss,) = result.misses
     assert (miss.rule, miss.reason) == ("silu", "only for the test")
     assert miss.source == "tiny.py:7: mul = ..."
+
+
+def left_alone(function, pattern: Pattern) -> str | None:
+    """Why a rule with this pattern declines the function's graph; None if it applies."""
+    g = graph(function)
+    result = rewrite(g, (Rule("rule", pattern, lambda match: match.call(aten.silu.default, match["x"])),))
+    assert result.matches + len(result.misses) == 1
+    return None if result.matches else result.misses[0].reason
+
+
+EXP = op(aten.exp.default, X)
+
+
+def test_the_match_is_the_only_user():
+    pattern = op(aten.neg.default, EXP.only_user())
+    assert left_alone(lambda w, x, y: -x.exp(), pattern) is None
+    assert left_alone(lambda w, x, y: -x.exp() * x.exp(), pattern) == "exp is used elsewhere too"
+    assert left_alone(lambda w, x, y: -x.exp() * x.exp(), op(aten.neg.default, EXP)) is None
+
+
+def test_users_within_the_match_are_counted_once_it_is_whole():
+    pattern = op(aten.mul.Tensor, op(aten.neg.default, EXP.only_user()), op(aten.exp.default, X))
+    assert left_alone(lambda w, x, y: -x.exp() * x.exp(), pattern) is None
+    assert left_alone(lambda w, x, y: -x.exp() * x.exp() + x.exp(), pattern) == "exp is used elsewhere too"
+
+
+def test_a_weight_may_have_to_be_of_one_use():
+    pattern = op(aten.mul.Tensor, X, weight("w").only_user())
+    assert left_alone(lambda w, x, y: x * w, pattern) is None
+    assert left_alone(lambda w, x, y: x * w + w.exp(), pattern) == "w is used elsewhere too"
+
+
+def test_what_is_closed_has_users_within_besides_its_root_and_what_may_be_shared():
+    inner = op(aten.neg.default, EXP.named("inner"))
+    pattern = op(aten.sigmoid.default, inner)
+    assert left_alone(lambda w, x, y: x.exp().neg().sigmoid(), closed(pattern)) is None
+    both = lambda w, x, y: x.exp().neg().sigmoid() + x.exp()  # noqa: E731
+    assert left_alone(both, closed(pattern)) == "exp is used elsewhere too"
+    assert left_alone(both, closed(pattern, "inner")) is None
+    root = lambda w, x, y: x.exp().neg().sigmoid() * x.exp().neg().sigmoid().neg()  # noqa: E731
+    assert left_alone(root, closed(pattern)) is None
+
+
+def test_nothing_is_read_behind_a_write_to_it():
+    def written(w, x, y):
+        a, b = x.neg(), x.exp()
+        x.mul_(2)
+        return (a - b) * x
+
+    difference = op(aten.sub.Tensor, op(aten.neg.default, X), EXP)
+    assert left_alone(lambda w, x, y: -x - x.exp(), difference) is None
+    assert left_alone(written, difference) == "x is written to in between"
+
+
+def copied(x: torch.Tensor) -> torch.Tensor:
+    return x + 0
+
+
+COPY = Rule("copy", op(aten.add.Tensor, X, 0), lambda match: match["x"])
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda w, x, y: copied(x.exp()) * y, None),
+        (lambda w, x, y: copied(x) * y, None),
+        (lambda w, x, y: copied(x.exp()), None),
+        (lambda w, x, y: copied(x), "the caller gets it, and has or gets x too"),
+        (lambda w, x, y: copied(x[:, 0]), "the caller gets it, and has or gets x too"),
+        (lambda w, x, y: copied(x)[:, 0], "the caller gets it, and has or gets x too"),
+        (lambda w, x, y: copied(x) * x.mul_(2), "x, of which it is a copy, is written to"),
+    ],
+)
+def test_a_copy_stays_where_a_write_to_one_would_change_the_other(function, reason):
+    g = graph(function, normalized=False)
+    result = rewrite(g, (COPY,))
+    assert result.matches == (reason is None)
+    assert [miss.reason for miss in result.misses] == [reason] * (reason is not None)
 
 
 def test_the_first_rule_wins_over_one_that_matches_a_part_of_it():
