@@ -155,7 +155,7 @@ def to_attention(masks: Masks, match: Match, site: Site) -> fx.Node | None:
         return match.decline("q, k, v and the result differ in dtype")
     if any(sizes(x)[0] != sizes(q)[0] for x in (k, v)):
         return match.decline("q, k and v differ in batch size")
-    k, v = grouped_heads(k, v)
+    k, v = grouped_heads(match, k, v)
     heads, groups = sizes(q)[1], sizes(k)[1]
     if groups != sizes(v)[1] or not (heads / groups).is_Integer:
         return match.decline(f"{heads} query heads do not divide among {groups} key and {sizes(v)[1]} value heads")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import sympy
 import torch
 from torch import fx
 
+from ..compiler import ops  # noqa: F401  (registers the vocabulary)
 from ..compiler.graph import dtype_of, sizes
 from ..compiler.index_algebra import Inference, NotInferred
 from ..compiler.pattern import CASTS
@@ -14,6 +17,8 @@ from ..compiler.rewrite import Match
 aten = torch.ops.aten
 
 REPEATS = frozenset({aten.expand.default, aten.repeat_interleave.self_int})
+OF_EACH_HEAD = CASTS | {torch.ops.effc.rope.default, torch.ops.effc.rms_norm.default}
+"""Ops that do with each head [T, D] of their first argument what they do with any other."""
 VIEWS = REPEATS | {aten.permute.default, aten.reshape.default, aten.slice.Tensor, aten.unsqueeze.default}
 
 
@@ -78,36 +83,63 @@ def with_heads(match: Match, q: fx.Node, *others: fx.Node) -> list[fx.Node]:
 # --- heads that are shared -------------------------------------------------------------------------------------------
 
 
-def grouped_heads(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Keys and values without the repeats that give each query head its own: [B, H, T, D] --> [B, G, T, D]."""
-    few_k, few_v = without_repeats(k), without_repeats(v)
+def grouped_heads(match: Match, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values without the repeats that give each query head its own: [B, H, T, D] --> [B, G, T, D].
+
+    rope(permute(reshape(expand(k [B, T, G, 1, D], [B, T, G, H / G, D]))), cos, sin)
+
+        -->  rope(permute(reshape(k [B, T, G, 1, D], [B, T, G, D])), cos, sin)
+    """
+    few_k, few_v = shared_heads(match, k), shared_heads(match, v)
     return (few_k, few_v) if sizes(few_k)[1] == sizes(few_v)[1] else (k, v)
 
 
-def without_repeats(x: fx.Node) -> fx.Node:
-    """The node of which `x` [B, H, T, D] repeats each head for a group of neighbouring query heads; else `x`."""
-    source, repeated = x, False
+def shared_heads(match: Match, x: fx.Node) -> fx.Node:
+    """The node [B, G, T, D] of which `x` [B, H, T, D] repeats each head for a group of neighbouring heads; else `x`."""
+    if x.target in OF_EACH_HEAD:
+        few = shared_heads(match, x.args[0])
+        return x if few is x.args[0] else match.call(x.target, few, *x.args[1:], **x.kwargs)
+    source, repeated, found = x, False, None
     while source.op == "call_function" and source.target in VIEWS:
         repeated = repeated or source.target in REPEATS
         source = source.args[0]
-        if repeated and is_repeat_of(x, source):
+        axes = axes_of_shared_heads(x, source) if repeated else None
+        if axes == (0, 1, 2, 3) and len(sizes(source)) == 4:
             return source
-    return x
+        found = found or (axes and (source, axes))
+    return with_axes(match, *found) if found else x
 
 
-def is_repeat_of(x: fx.Node, source: fx.Node) -> bool:
-    """Whether x[b, h, t, d] == source[b, h // (H / G), t, d]."""
-    shape, few = sizes(x), sizes(source)
-    if len(few) != 4 or (shape[0], shape[2], shape[3]) != (few[0], few[2], few[3]):
-        return False
-    if not (shape[1] / few[1]).is_Integer:
-        return False
+def axes_of_shared_heads(x: fx.Node, source: fx.Node) -> tuple[int, ...] | None:
+    """Which axes of `source` are those of few [B, G, T, D], with x[b, h, t, d] == few[b, h // (H / G), t, d]; or None.
+
+    Its other axes have a size of 1.
+    """
+    shape, available = sizes(x), sizes(source)
     inference = Inference(opaque=(source,))
     try:
         function = inference.infer(x)
     except NotInferred:
-        return False
+        return None
     b, h, t, d = (inference.index(name, size) for name, size in zip("bhtd", shape))
-    group = inference.divmod(h, shape[1] / few[1])[0]
     element = function.at(b, h, t, d)
-    return isinstance(element, sympy.Function) and element.args == (b, group, t, d)
+    if not isinstance(element, sympy.Function):
+        return None
+    for axes in permutations(range(len(available)), 4):
+        few = tuple(available[axis] for axis in axes)
+        whole = (few[0], *few[2:]) == (shape[0], *shape[2:]) and (shape[1] / few[1]).is_Integer
+        if not whole or any(size != 1 for axis, size in enumerate(available) if axis not in axes):
+            continue
+        group = inference.divmod(h, shape[1] / few[1])[0]
+        if tuple(element.args[axis] for axis in axes) == (b, group, t, d):
+            return axes
+    return None
+
+
+def with_axes(match: Match, source: fx.Node, axes: tuple[int, ...]) -> fx.Node:
+    """`source` with these axes in this order; the others have a size of 1."""
+    kept = sorted(axes)
+    if len(kept) < len(sizes(source)):
+        source = match.call(aten.reshape.default, source, [size_of(match, source, axis) for axis in kept])
+    order = [kept.index(axis) for axis in axes]
+    return source if order == sorted(order) else match.call(aten.permute.default, source, order)

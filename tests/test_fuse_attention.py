@@ -25,6 +25,7 @@ from .pass_checks import check_pass, example
 
 aten = torch.ops.aten
 attention = torch.ops.effc.attention.default
+EXPAND = aten.expand.default
 B, S, H, G, D = 2, 6, 4, 2, 8
 SCALE = 1 / math.sqrt(D)
 LOWEST = torch.finfo(torch.float32).min
@@ -244,9 +245,48 @@ def test_near_misses_are_left_alone(name):
     check(function, matches=0, misses=(reason,))
 
 
-def test_heads_that_are_tiled_are_not_groups():
-    named = check(lambda tri, q, k, v, am: sdpa(q, k.repeat(1, 2, 1, 1), repeated(v), is_causal=True))
-    assert [sizes(named[name])[1] for name in "kv"] == [H, H]
+def tables(x: Tensor) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(x.shape[2])[:, None] * torch.arange(1, D + 1) / 7
+    return angles.cos()[None], angles.sin()[None]
+
+
+def rope(x: Tensor) -> Tensor:
+    return torch.ops.effc.rope(x, *tables(x))
+
+
+def repeated_before_heads(x: Tensor) -> Tensor:
+    """[B, G, T, D] --> [B, H, T, D], with the repeat beside the heads of [B, T, G, 1, D] (Falcon)."""
+    b, g, t, d = x.shape
+    return x.transpose(1, 2).unsqueeze(3).expand(b, t, g, H // g, d).reshape(b, t, H, d).transpose(1, 2)
+
+
+BEFORE = {
+    "rope": lambda x: rope(repeated(x)),
+    "rope, tokens first": lambda x: rope(repeated_before_heads(x)),
+    "norm and rope": lambda x: rope(torch.ops.effc.rms_norm(repeated(x), None, 1e-5)),
+    "a cast": lambda x: repeated(x.double()).float(),
+    "nothing, tokens first": repeated_before_heads,
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_heads_are_repeated_before_something_done_to_each(name):
+    named = check(lambda tri, q, k, v, am: sdpa(q, BEFORE[name](k), BEFORE[name](v), is_causal=True), gone=(EXPAND,))
+    assert [sizes(named[letter])[1] for letter in "qkv"] == [H, G, G]
+
+
+NOT_ALIKE = {
+    "scaled by head": lambda x: repeated(x) * torch.arange(1, H + 1)[:, None, None],
+    "rotated, tiled": lambda x: rope(x.repeat(1, H // G, 1, 1)),
+    "tiled": lambda x: x.repeat(1, H // G, 1, 1),
+    "groups in turn": lambda x: x.unsqueeze(1).expand(-1, H // G, -1, -1, -1).flatten(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ALIKE)
+def test_heads_that_are_not_alike_in_a_group_are_left_alone(name):
+    named = check(lambda tri, q, k, v, am: sdpa(q, NOT_ALIKE[name](k), repeated(v), is_causal=True))
+    assert [sizes(named[letter])[1] for letter in "qkv"] == [H, H, H]
 
 
 @pytest.mark.parametrize(
