@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -157,16 +157,22 @@ PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 
 
 def integers(bits: int) -> Iterator[Format]:
-    """int4, int4_g32, ... symmetric, a: with mins, z: with zero points. A scale per row is kept in fp32."""
-    zero = 0 if bits == 8 else 1 << bits - 1
+    """int4, int4_g32, ... symmetric, a: with mins, z: with zero points, _f32: scales of checkpoints that need it."""
+    zero, planes = 0 if bits == 8 else 1 << bits - 1, PLANES[bits]
     for group in (None, *GROUPS):
         suffix, scale = ("", F32) if group is None else (f"_g{group}", F16)
-        planes = PLANES[bits]
         yield Format(f"int{bits}{suffix}", planes, group, zero, scale_dtype=scale)
         yield Format(f"int{bits}a{suffix}", planes, group, asymmetric=True, scale_dtype=scale, min_dtype=scale)
-        yield Format(
-            f"int{bits}z{suffix}", planes, group, asymmetric=True, scale_dtype=scale, min_dtype=F32, integer_zeros=True
-        )
+        zeros = Format(f"int{bits}z{suffix}", planes, group, 0, True, scale, F32, integer_zeros=True)
+        yield zeros
+        if group is not None:
+            yield Format(f"int{bits}{suffix}_f32", planes, group, zero, scale_dtype=F32)
+            yield replace(zeros, name=f"{zeros.name}_f32", scale_dtype=F32)
+
+
+def fp8(group: int | None) -> Format:
+    name = "fp8_e4m3" if group is None else f"fp8_e4m3_g{group}"
+    return Format(name, (8,), group, scale_dtype=F32, code_dtype=torch.float8_e4m3fn)
 
 
 def gguf_blocks() -> Iterator[Format]:
@@ -184,7 +190,7 @@ FORMATS: dict[str, Format] = {
     **{row.name: row for bits in (8, 4, 3, 2) for row in integers(bits)},
     **{row.name: row for row in gguf_blocks()},
     **{f"nf4_g{group}": Format(f"nf4_g{group}", (4,), group, book=NF4) for group in GROUPS},
-    "fp8_e4m3": Format("fp8_e4m3", (8,), None, scale_dtype=F32, code_dtype=torch.float8_e4m3fn),
+    **{row.name: row for row in map(fp8, (None, *GROUPS))},
 }
 
 
