@@ -68,13 +68,13 @@ def packed(source: Tensors, base: str, weights: Mapping[str, Any]) -> Matrix:
         found = codes_in_words(source.read(f"{base}.weight_zero_point").t(), bits)[:, :n]
         return signed(found, bits).t().contiguous()
 
-    return matrix(source, base, weights, f"int{bits}", (n, k), words, codes, packed_zeros)
+    return matrix(source, base, weights, f"int{bits}", (n, k), (words, size), codes, packed_zeros)
 
 
 def plain(source: Tensors, base: str, weights: Mapping[str, Any]) -> Matrix:
     name = f"{base}.weight"
     kind, shape = PLAIN[source.dtype(name)], source.shape(name)
-    return matrix(source, base, weights, kind, shape, name, lambda: source.read(name), None)
+    return matrix(source, base, weights, kind, shape, (name,), lambda: source.read(name), None)
 
 
 def matrix(
@@ -83,15 +83,15 @@ def matrix(
     weights: Mapping[str, Any],
     kind: str,
     shape: tuple[int, int],
-    stored: str,
+    stored: tuple[str, ...],
     codes: Reader,
     packed_zeros: Reader | None,
 ) -> Matrix:
-    """What packed and plain codes share. stored: the tensor of the codes."""
+    """What packed and plain codes share. stored: the tensors of the codes."""
     scales, zeros, index = (f"{base}.{part}" for part in ("weight_scale", "weight_zero_point", "weight_g_idx"))
     group, per_scale, block_rows = scaling(base, weights, shape)
     check_shape(source, scales, per_scale, FLOATS, ones_aside=True)
-    used, asymmetric = [stored, scales], not weights.get("symmetric", True)
+    used, asymmetric = [*stored, scales], not weights.get("symmetric", True)
     if asymmetric:
         packs = packed_zeros is not None
         kept = (words_of(shape[0], weights["num_bits"]), per_scale[-1]) if packs else per_scale

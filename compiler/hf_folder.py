@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
-from .weights import Shape
+from .weights import Shape, Weight, read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Files that decide what a folder means; with the safetensors they make up its identity.
 TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "spiece.model")
-DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *TOKENIZER_SOURCES)
+# Older checkpoints describe their quantization in a file of its own, by method.
+QUANTIZATION_FILES = {"gptq": "quantize_config.json", "awq": "quant_config.json"}
+DESCRIPTIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *TOKENIZER_SOURCES,
+    *QUANTIZATION_FILES.values(),
+)  # fmt: skip
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -56,6 +61,25 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """What the folder says about how its weights are quantized; None where they are not."""
+    description = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    for key in ("quantization_config", "compression_config"):
+        if description.get(key):
+            return description[key]
+    for method, name in QUANTIZATION_FILES.items():
+        if (folder / name).is_file():
+            return {"quant_method": method, **_json(folder / name)}
+    return None
+
+
+def check_not_packed(source: SafetensorsSource) -> None:
+    """Raises ModelError for packed matrices in a folder that does not say how they are quantized."""
+    for name in source.names:
+        if name.endswith((".qweight", ".weight_packed")):
+            raise ModelError(f"{source.folder}: expected a quantization_config beside {name}, found none")
+
+
 class SafetensorsSource:
     """The tensors of a folder under the names of its files."""
 
@@ -75,6 +99,10 @@ class SafetensorsSource:
 
     def read(self, name: str) -> Tensor:
         return self._open(self._files[name]).get_tensor(name)
+
+    def stored(self, name: str) -> Weight | None:
+        """The recipe for the tensor `name`; None where there is no such tensor."""
+        return read(self, name) if name in self._files else None
 
     @cached_property
     def _handles(self) -> dict[Path, Any]:

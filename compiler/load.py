@@ -11,15 +11,25 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_source import CheckpointSource, of_method
 from .converted import config_of_gguf, converted, write_tokenizer
 from .errors import InputError, ModelError
 from .gguf_file import GgufNames, GgufSource, check_architecture
-from .hf_folder import DESCRIPTIONS, TOKENIZER_SOURCES, SafetensorsSource, folder_config, stored_dtype, tensor_files
+from .hf_folder import (
+    DESCRIPTIONS,
+    TOKENIZER_SOURCES,
+    SafetensorsSource,
+    check_not_packed,
+    folder_config,
+    quantization_of,
+    stored_dtype,
+    tensor_files,
+)
 from .skeleton import on_meta, scale_rope, skeleton_of
 from .sources import MappedSource, ModuleSource
 from .weights import Cast, Constant, TensorSource, Weight, read
@@ -177,8 +187,17 @@ class FolderModel(LoadedModel):
         return folder_config(self.path)
 
     @cached_property
-    def base(self) -> SafetensorsSource:
-        return SafetensorsSource(self.path)
+    def base(self) -> SafetensorsSource | CheckpointSource:
+        source = SafetensorsSource(self.path)
+        if self.quantization is not None:
+            return of_method(source, self.quantization, self.path)
+        check_not_packed(source)
+        return source
+
+    @cached_property
+    def quantization(self) -> dict[str, Any] | None:
+        """What the folder says about how its weights are quantized."""
+        return quantization_of(self.path)
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -194,6 +213,8 @@ class FolderModel(LoadedModel):
         try:
             return MappedSource(self.base, self._recipes())
         except ModelError as missing:
+            if self.quantization is not None:
+                raise
             return self._converted_by_transformers(missing)
 
     @cached_property
@@ -207,8 +228,8 @@ class FolderModel(LoadedModel):
     def _find(self, name: str) -> Weight | None:
         prefix = getattr(self.skeleton, "base_model_prefix", "") + "."
         for stored in (name, prefix + name, name.removeprefix(prefix)):
-            if stored in self.base.names:
-                return read(self.base, stored)
+            if (weight := self.base.stored(stored)) is not None:
+                return weight
         return None
 
     def _converted_by_transformers(self, missing: ModelError) -> TensorSource:
