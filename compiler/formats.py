@@ -116,21 +116,29 @@ class Format:
         """The values [..., N, K], computed in fp32 and rounded to `dtype`."""
         part = self.named(parts)
         codes = self.codes(parts)
-        k = codes.shape[-1]
         if self.book is not None:
             values = torch.tensor(self.book, device=codes.device)[codes.long()]
         else:
-            values = codes.float() - self.zero
+            values = codes.float().sub_(self.zero)
         scales, mins = part["scales"].float(), part["mins"].float() if self.asymmetric else None
         if self.super_block:
             per_super = self.super_block // self.group
             scales = part["super"].float().repeat_interleave(per_super, -1) * scales
             if mins is not None:
                 mins = -(part["super_min"].float().repeat_interleave(per_super, -1) * mins)
-        values = self.spread(scales, k) * values
-        if mins is not None:
-            values = values + self.spread(mins, k)
+        self.scale_groups(values, scales, mins)
         return values.to(dtype)
+
+    def scale_groups(self, values: Tensor, scales: Tensor, mins: Tensor | None) -> None:
+        """values * scale + min in place, group by group: [..., K] by [..., groups]. The last group may be shorter."""
+        group = self.group or values.shape[-1]
+        whole = values.shape[-1] // group
+        full, rest = values[..., : whole * group].unflatten(-1, (whole, group)), values[..., None, whole * group :]
+        for groups, at in ((full, slice(0, whole)), (rest, slice(whole, None))):
+            if groups.numel():
+                groups.mul_(scales[..., at, None])
+                if mins is not None:
+                    groups.add_(mins[..., at, None])
 
     def spread(self, values: Tensor, k: int) -> Tensor:
         """One value a group --> one a weight: [..., groups] --> [..., k], or [..., 1] where the row is the group."""
