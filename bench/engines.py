@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy
 import torch
 from effc.compiler.errors import InputError
 from effc.speed import TransformersEngine
@@ -31,7 +32,7 @@ def packed_weights() -> AbstractContextManager[None]:
 
 
 class LlamaCppEngine:
-    """llama.cpp through llama-cpp-python, on the weights as the GGUF file stores them."""
+    """llama.cpp on the weights as the GGUF file stores them, through its C functions: no Python per token but this."""
 
     def __init__(self, path: Path, capacity: int, threads: int) -> None:
         try:
@@ -40,17 +41,20 @@ class LlamaCppEngine:
             raise InputError("--llama-cpp needs the package llama-cpp-python: pip install 'effc[bench]'") from error
         if path.suffix != ".gguf":
             raise InputError(f"--llama-cpp needs a GGUF file, found {path.name}")
-        self.name = "llama.cpp, weights as stored"
+        self.name, self.library = "llama.cpp, weights as stored", llama_cpp
         self.model = llama_cpp.Llama(
             str(path), n_ctx=capacity, n_batch=capacity, n_threads=threads, n_threads_batch=threads, verbose=False
         )
-        self.logits: Callable = llama_cpp.llama_get_logits_ith
+        self.context = self.model.ctx
 
     def prefill(self, input_ids: Tensor) -> Tensor:
-        self.model.reset()
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
         return self.decode(input_ids)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        self.model.eval(tokens[0].tolist())
-        pointer = self.logits(self.model.ctx, -1)
-        return torch.tensor(pointer[: self.model.n_vocab()])[None]
+        ids = tokens[0].to(torch.int32).numpy()
+        batch = self.library.llama_batch_get_one(ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(ids))
+        if self.library.llama_decode(self.context, batch) != 0:
+            raise InputError(f"llama.cpp cannot read {len(ids)} tokens more")
+        logits = self.library.llama_get_logits_ith(self.context, -1)
+        return torch.from_numpy(numpy.ctypeslib.as_array(logits, (self.model.n_vocab(),)).copy())[None]

@@ -55,13 +55,17 @@ def test_demo_ends_with_the_answer(smollm2_path):
 @pytest.mark.slow
 def test_bench_prints_json(smollm2_path):
     options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "2", "--no-startup", "--json"]
+    options += ["--quantize", "none"]
     command = [sys.executable, str(ROOT / "bench" / "decode.py"), "--model", str(smollm2_path), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert [speed["name"] for speed in result["speeds"][:2]] == ["effc", "Hugging Face eager"]
-    assert all(len(speed["decode"]) == 2 for speed in result["speeds"])
-    assert not any(graph["fallbacks"] for graph in result["receipt"]["graphs"])
+    (row,) = result["rows"]
+    names = ["effc, none", *(f"Hugging Face eager{how}" for how in ("", ", growing cache", ", static cache"))]
+    assert [speed["name"] for speed in row["speeds"]] == names
+    assert all(len(speed["decode"]) == 2 for speed in row["speeds"])
+    assert not any(graph["fallbacks"] for graph in result["receipts"]["none"]["graphs"])
+    assert result["agreements"]["effc, none"]["agreeing"] == result["agreements"]["effc, none"]["tokens"]
     assert result["read_bandwidth"] > 1e8
 
 
