@@ -6,6 +6,7 @@ that llama.cpp's converter gave some tensors, undone as weight recipes.
 
 from __future__ import annotations
 
+import mmap
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from .quantized_weights import Dequantize
 from .weights import Add, Concat, Constant, Reshape, Shape, Transpose, Weight, read
 
 if TYPE_CHECKING:
+    from gguf import ReaderTensor
     from transformers import PretrainedConfig
 
 MAGIC = b"GGUF"
@@ -113,13 +115,24 @@ class GgufSource:
 
         if name in self._parts:
             part = self._parts[name]
-            return read_part(torch.from_numpy(self._tensors[part.tensor].data), self.format(part.tensor), part.name)
+            stored = self._tensors[part.tensor]
+            found = read_part(torch.from_numpy(stored.data), self.format(part.tensor), part.name)
+            self._forget(stored)
+            return found
         tensor = self._tensors[name]
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise ModelError(f"{self.path}: {name} is stored as {self.quantization(name)}: {error}") from error
         return torch.from_numpy(values).reshape(self.shape(name))
+
+    def _forget(self, tensor: ReaderTensor) -> None:
+        """Drop the pages of a tensor that was read from this process: a part is a copy, and a file is read once."""
+        pages = self._reader.data._mmap
+        start = -(-tensor.data_offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.data_offset + int(tensor.n_bytes)) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(mmap.MADV_DONTNEED, start, length)
 
 
 @cache
