@@ -115,19 +115,24 @@ class Format:
     def dequantize(self, parts: Sequence[Tensor], dtype: torch.dtype = F32) -> Tensor:
         """The values [..., N, K], computed in fp32 and rounded to `dtype`."""
         part = self.named(parts)
-        codes = self.codes(parts)
-        if self.book is not None:
-            values = torch.tensor(self.book, device=codes.device)[codes.long()]
-        else:
-            values = codes.float().sub_(self.zero)
         scales, mins = part["scales"].float(), part["mins"].float() if self.asymmetric else None
         if self.super_block:
             per_super = self.super_block // self.group
             scales = part["super"].float().repeat_interleave(per_super, -1) * scales
             if mins is not None:
                 mins = -(part["super_min"].float().repeat_interleave(per_super, -1) * mins)
+        return self.values(self.codes(parts), scales, mins).to(dtype)
+
+    def values(self, codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
+        """What codes [..., K] stand for under scales and mins [..., groups], all fp32 (codes of any dtype)."""
+        if self.book is not None:
+            values = torch.tensor(self.book, device=codes.device)[codes.long()]
+        elif codes.dtype == torch.float32:
+            values = codes - self.zero
+        else:
+            values = codes.float().sub_(self.zero)
         self.scale_groups(values, scales, mins)
-        return values.to(dtype)
+        return values
 
     def scale_groups(self, values: Tensor, scales: Tensor, mins: Tensor | None) -> None:
         """values * scale + min in place, group by group: [..., K] by [..., groups]. The last group may be shorter."""

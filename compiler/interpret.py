@@ -35,13 +35,13 @@ def run(
     _check_names("state", graph.states, states)
     weights = {name: evaluate(weight, source) for name, weight in graph.weights.items()}
     values = {**weights, **inputs, **states}
-    interpreter = _Interpreter(graph.module, dtype)
+    interpreter = Interpreter(graph.module, dtype)
     with torch.no_grad():
         arguments = [interpreter.convert(values[node.name]) for node in graph.placeholders]
         return list(interpreter.run(*arguments))
 
 
-class _Interpreter(fx.Interpreter):
+class Interpreter(fx.Interpreter):
     """Evaluates nodes in order; with a `dtype`, in that floating-point type wherever the graph says another."""
 
     def __init__(self, module: fx.GraphModule, dtype: torch.dtype | None) -> None:

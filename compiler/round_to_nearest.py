@@ -29,18 +29,30 @@ def round_to_nearest(weight: Tensor, format: Format) -> tuple[Tensor, ...]:
     """weight [..., N, K] --> parts in the order of `format.part_names`. Raises InputError for what does not fit."""
     check_finite(weight, format)
     weight = weight.float()
-    scales, mins = group_scales(weight, format)
+    return round_under(weight, *group_scales(weight, format), format)
+
+
+def round_under(weight: Tensor, scales: Tensor, mins: Tensor | None, format: Format) -> tuple[Tensor, ...]:
+    """The parts of `weight` [..., N, K] fp32 under given scales and mins [..., groups], not yet as they are kept."""
+    scale_parts, scales, mins = kept_scales(scales, mins, format)
+    codes = nearest_codes(weight, scales, mins, format)
+    if format.width == 8:
+        return (codes.to(format.code_dtype), *scale_parts)
+    return (*pack_planes(codes.to(torch.uint8), format.planes), *scale_parts)
+
+
+def kept_scales(scales: Tensor, mins: Tensor | None, format: Format) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Scales and mins [..., groups] as the parts they are kept in, and the fp32 values that those stand for."""
     if format.super_block:
-        scale_parts, scales, mins = scales_of_scales(scales, mins, format)
-    else:
-        scale_parts = [stored(scales, format.scale_dtype, format)]
-        scales = scale_parts[0].float()
-        if format.integer_zeros:
-            mins = scales * torch.round(reciprocal(scales) * mins)
-        if mins is not None:
-            scale_parts.append(stored(mins, format.min_dtype, format))
-            mins = scale_parts[1].float()
-    return (*nearest_codes(weight, scales, mins, format), *scale_parts)
+        return scales_of_scales(scales, mins, format)
+    parts = [stored(scales, format.scale_dtype, format)]
+    scales = parts[0].float()
+    if format.integer_zeros:
+        mins = scales * torch.round(reciprocal(scales) * mins)
+    if mins is None:
+        return parts, scales, None
+    parts.append(stored(mins, format.min_dtype, format))
+    return parts, scales, parts[1].float()
 
 
 def check_finite(weight: Tensor, format: Format) -> None:
@@ -121,19 +133,20 @@ def reciprocal(scales: Tensor) -> Tensor:
     return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
 
 
-def nearest_codes(weight: Tensor, scales: Tensor, mins: Tensor | None, format: Format) -> tuple[Tensor, ...]:
-    """The planes of the codes that are nearest to `weight` under scales and mins [..., groups]."""
+def nearest_codes(weight: Tensor, scales: Tensor, mins: Tensor | None, format: Format) -> Tensor:
+    """The codes [..., K], not yet packed, that are nearest to `weight` under scales and mins [..., groups]."""
     k = weight.shape[-1]
     steps = weight if mins is None else weight - format.spread(mins, k)
     steps = steps * format.spread(reciprocal(scales), k)
     if format.book is not None:
         book = torch.tensor(format.book, device=weight.device)
-        codes = torch.bucketize(steps, (book[1:] + book[:-1]) / 2)
-    elif format.code_dtype.is_floating_point:
-        return (steps.clamp(-FP8_MAX, FP8_MAX).to(format.code_dtype),)
-    else:
-        lowest = lowest_code(format)
-        codes = torch.round(steps + format.zero).clamp(lowest, lowest + (1 << format.width) - 1)
-    if format.width == 8:
-        return (codes.to(format.code_dtype),)
-    return pack_planes(codes.to(torch.uint8), format.planes)
+        return torch.bucketize(steps.contiguous(), (book[1:] + book[:-1]) / 2)
+    if format.code_dtype.is_floating_point:
+        return steps.clamp(-FP8_MAX, FP8_MAX).to(format.code_dtype)
+    lowest = lowest_code(format)
+    return torch.round(steps + format.zero).clamp(lowest, lowest + (1 << format.width) - 1)
+
+
+def nearest_values(weight: Tensor, scales: Tensor, mins: Tensor | None, format: Format) -> Tensor:
+    """`weight` rounded: what its nearest codes stand for, fp32."""
+    return format.values(nearest_codes(weight, scales, mins, format), scales, mins)
