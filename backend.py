@@ -30,6 +30,7 @@ from .compiler.errors import InputError, ModelError
 from .compiler.evaluate import evaluate
 from .compiler.files import write_atomically
 from .compiler.graph import Graph, is_tensor, size_expr
+from .compiler.load import refuse_subclasses
 from .compiler.options import check_rounding
 from .compiler.schemes import scheme_of
 from .compiler.weights import Concat, Read, Weight
@@ -73,6 +74,8 @@ def compile_graph(
 
     name = f"graph{len(COMPILED)}"
     try:
+        if (module := compiled_module()) is not None:
+            refuse_subclasses(module)
         graph = trace_dynamo(gm, name=name)
     except ModelError as refusal:
         warnings.warn(f"effc: {name} runs in eager PyTorch: {refusal}", stacklevel=2)

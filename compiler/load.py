@@ -288,6 +288,7 @@ def load(model: str | Path | nn.Module, dtype: torch.dtype | None = None, cache:
     if isinstance(model, nn.Module):
         if model.training:
             raise InputError("the model is in training mode; effc compiles for inference: call model.eval() first")
+        refuse_subclasses(model)
         return ModuleModel(type(model).__name__, None, dtype or _dtype_of(model), cache, original=model)
     path = Path(model).expanduser().resolve()
     if path.is_dir():
@@ -300,6 +301,17 @@ def load(model: str | Path | nn.Module, dtype: torch.dtype | None = None, cache:
     loaded = GgufModel(path.stem, _identity(path), dtype or torch.float32, cache, path=path)
     _ = loaded.base
     return loaded
+
+
+def refuse_subclasses(module: nn.Module) -> None:
+    """Raise ModelError for a parameter that is not plain memory: weights that torchao or bitsandbytes quantized."""
+    for name, parameter in module.named_parameters():
+        kind = type(parameter)
+        if kind is not nn.Parameter:
+            raise ModelError(
+                f"{type(module).__name__}: expected plain parameters, found {name} as {kind.__module__}.{kind.__name__}:"
+                ' give the model before it was quantized, with quantize="w8a8" or another scheme, or a quantized folder'
+            )
 
 
 def _identity(*files: Path) -> str:

@@ -126,6 +126,18 @@ def test_any_module_is_accepted():
     assert set(loaded.source.names) >= set(model.state_dict())
 
 
+class Quantized(Tensor):
+    """Stands for the tensor subclasses that quantization libraries put into modules."""
+
+
+def test_weights_that_another_library_quantized_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 8)).eval()
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Quantized), requires_grad=False)
+    with pytest.raises(ModelError, match=r"found 0\.weight as .*\.Quantized: give the model before") as error:
+        load(model)
+    assert "\n" not in str(error.value)
+
+
 def test_a_module_in_training_mode_is_refused():
     with pytest.raises(InputError, match=r"call model\.eval\(\) first") as error:
         load(nn.Linear(2, 2).train())
