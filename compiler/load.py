@@ -308,9 +308,10 @@ def refuse_subclasses(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         kind = type(parameter)
         if kind is not nn.Parameter:
+            found = f"{name} as {kind.__module__}.{kind.__name__}"
             raise ModelError(
-                f"{type(module).__name__}: expected plain parameters, found {name} as {kind.__module__}.{kind.__name__}:"
-                ' give the model before it was quantized, with quantize="w8a8" or another scheme, or a quantized folder'
+                f"{type(module).__name__}: expected plain parameters, found {found}: give the model before it was"
+                ' quantized, with quantize="w8a8" or another scheme, or a quantized folder'
             )
 
 
