@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import effc.triton_cpu
 import platformdirs
 import pytest
 import torch
@@ -47,6 +48,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def triton_on_cpu(one_thread: None) -> Iterator[None]:
+    """Triton's own launches take CPU tensors."""
+    with effc.triton_cpu.enable():
+        yield
 
 
 @pytest.fixture(params=[isa for isa in available_isas() if isa != best_isa() or "+" not in available_isas()[0]])

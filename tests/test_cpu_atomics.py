@@ -128,3 +128,19 @@ def poll_kernel(x_ptr):
 def test_waiting_for_another_program_is_refused():
     with pytest.raises(UnsupportedKernel, match=r"test_cpu_atomics\.py:\d+: tt\.atomic_poll"):
         run(poll_kernel, (1,), torch.zeros(1, dtype=torch.int32))
+
+
+@triton.jit
+def atomic_kernel(x_ptr, total_ptr, best_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0)
+    tl.atomic_add(total_ptr + i % 4, x.to(tl.float32), mask=i < n)
+    tl.atomic_max(best_ptr, tl.max(x, 0))
+
+
+def test_atomics():
+    x = torch.randint(0, 1000, (1000,), generator=torch.Generator().manual_seed(6), dtype=torch.int32)
+    total, best = torch.zeros(4), torch.zeros(1, dtype=torch.int32)
+    run(atomic_kernel, (16,), x, total, best, 1000, BLOCK=64)
+    assert torch.equal(total, x.view(250, 4).sum(0).float())
+    assert best.item() == x.max().item()

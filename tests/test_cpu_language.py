@@ -26,13 +26,14 @@ RUNS = {
     "test_cpu_report.py::test_device_print_writes_a_line_for_each_element": "device_print static_print",
     "test_cpu_report.py::test_a_failed_device_assert_raises_with_its_line": "device_assert",
     "test_cpu_report.py::test_static_assert_refuses_to_compile_and_static_range_unrolls": "static_assert static_range",
-    "test_cpu_target.py::test_reductions": "argmax argmin max min sum xor_sum",
-    "test_cpu_target.py::test_scans": "cumsum",
-    "test_cpu_target.py::test_reshape_split_join_trans_gather_flip_sort": """
+    "test_cpu_tiles.py::test_reductions": "argmax argmin max min sum xor_sum",
+    "test_cpu_tiles.py::test_scans": "cumsum",
+    "test_cpu_tiles.py::test_reshape_split_join_trans_gather_flip_sort": """
         cat flip gather join reshape sort split trans""",
-    "test_cpu_target.py::test_atomics": "atomic_add atomic_max",
-    "test_cpu_target.py::test_embedding_rows": "arange load program_id store",
-    "test_cpu_target.py::test_loops_branches_and_while_with_results": "range where",
+    "test_cpu_atomics.py::test_atomics": "atomic_add atomic_max",
+    "test_cpu_tiles.py::test_embedding_rows": "arange load program_id store",
+    "test_cpu_structure.py::test_loops_branches_and_while_with_results": "range",
+    "test_cpu_elementwise.py::test_double_precision": "where",
     "test_cpu_matmul.py::test_carried_pointers_and_wrapped_indices": "dot num_programs zeros",
     "test_cpu_matmul.py::test_flash_attention": "full",
     "test_cpu_dot_scaled.py::test_products_of_scaled_blocks": "dot_scaled",
@@ -48,14 +49,14 @@ RUNS = {
     "test_cpu_blocks.py::test_descriptors_cut_tiles_at_the_edges": """
         load_tensor_descriptor make_tensor_descriptor store_tensor_descriptor""",
     "test_cpu_blocks.py::test_block_pointers_advance_and_are_padded": "advance make_block_ptr",
-    "test_cpu_structure.py::test_hints_change_nothing": """
+    "test_cpu_values.py::test_hints_change_nothing": """
         assume debug_barrier max_constancy max_contiguous multiple_of""",
-    "test_cpu_structure.py::test_shapes_are_turned_joined_and_cut": """
+    "test_cpu_values.py::test_shapes_are_turned_joined_and_cut": """
         broadcast broadcast_to expand_dims interleave permute ravel view""",
-    "test_cpu_structure.py::test_dimensions_of_one_come_and_go": "squeeze unsqueeze",
+    "test_cpu_values.py::test_dimensions_of_one_come_and_go": "squeeze unsqueeze",
     "test_cpu_structure.py::test_a_while_loop_with_hints": "condition",
     "test_cpu_atomics.py::test_atomic_loads_and_stores": "atomic_load atomic_store",
-    "test_cpu_structure.py::test_grids_of_three_dimensions_and_swizzled_programs": "swizzle2d",
+    "test_cpu_values.py::test_grids_of_three_dimensions_and_swizzled_programs": "swizzle2d",
 }
 REFUSED = {  # name: why
     "inline_asm_elementwise": "PTX",

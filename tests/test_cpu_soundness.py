@@ -6,19 +6,7 @@ import triton
 import triton.language as tl
 from effc.codegen.cpu import launch, lower
 
-TYPES = {torch.float32: "*fp32", torch.int32: "*i32"}
-
-
-def run(fn, grid, *args, **constants):
-    names = [name for name in fn.arg_names if name not in constants]
-    pairs = zip(names, args, strict=True)
-    signature = {n: TYPES[a.dtype] if isinstance(a, torch.Tensor) else "i32" for n, a in pairs}
-    launch(lower(fn, signature, constants), grid, *args)
-
-
-def random(*shape, seed=0):
-    print(f"seed {seed}")
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from .on_cpu import randn, run
 
 
 @triton.jit
@@ -31,7 +19,7 @@ def two_masks_kernel(x_ptr, a_ptr, b_ptr, sum_ptr, n, m, BLOCK: tl.constexpr):
 
 
 def test_an_array_is_filled_as_far_as_any_consumer_reads(isa):
-    x, a, b, total = random(100), torch.zeros(256), torch.zeros(256), torch.zeros(1)
+    x, a, b, total = randn(100), torch.zeros(256), torch.zeros(256), torch.zeros(1)
     run(two_masks_kernel, (1,), x, a, b, total, 100, 33, BLOCK=256)
     want = torch.cat([x.exp(), torch.ones(156)])
     torch.testing.assert_close(b, want)
@@ -53,7 +41,7 @@ def not_neutral_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 def test_masked_elements_that_are_not_neutral_are_counted(isa):
-    x, out = -random(100).abs() - 2, torch.zeros(6)
+    x, out = -randn(100).abs() - 2, torch.zeros(6)
     run(not_neutral_kernel, (1,), x, out, 100, BLOCK=256)
     s = x.sum()
     want = torch.tensor([s + 156, 0.0, x.min(), s + 256, (x * x).sum(), s + 55])
@@ -73,7 +61,7 @@ def row_softmax_kernel(x_ptr, out_ptr, rows, columns, BR: tl.constexpr, BC: tl.c
 
 @pytest.mark.parametrize("columns", [7, 64, 100])
 def test_softmax_in_place(columns, isa):
-    x = random(10, columns)
+    x = randn(10, columns)
     want = x.softmax(-1)
     run(row_softmax_kernel, (3,), x, x, 10, columns, BR=4, BC=128)
     torch.testing.assert_close(x, want)
@@ -90,7 +78,7 @@ def rope_kernel(x_ptr, cos_ptr, sin_ptr, HALF: tl.constexpr):
 
 
 def test_rotating_halves_in_place(isa):
-    x, angle = random(5, 64), random(32, seed=1)
+    x, angle = randn(5, 64), randn(32, seed=1)
     a, b = x.chunk(2, -1)
     want = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
     run(rope_kernel, (5,), x, angle.cos(), angle.sin(), HALF=32)
@@ -111,7 +99,7 @@ def loop_writes_kernel(x_ptr, out_ptr, steps, BLOCK: tl.constexpr):
 
 
 def test_loads_before_a_loop_keep_their_values_while_it_writes(isa):
-    x, out = random(64), torch.zeros(64)
+    x, out = randn(64), torch.zeros(64)
     memory, start = x.clone(), x.clone()
     i = torch.arange(64)
     for step in range(4):
@@ -143,7 +131,7 @@ def nested_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("n", [0, 1, 4])
 def test_nested_loops_that_swap_their_tensors(n, isa):
-    x, out = random(64), torch.zeros(64)
+    x, out = randn(64), torch.zeros(64)
     total, state = torch.zeros(64), x
     for a in range(n):
         inner, last = state, total
@@ -172,7 +160,7 @@ def dot_state_kernel(x_ptr, out_ptr, n, B: tl.constexpr):
 
 
 def test_a_dot_does_not_overwrite_a_carried_tensor_that_is_read_later(isa):
-    x, out = random(16, 16), torch.zeros(16, 16)
+    x, out = randn(16, 16), torch.zeros(16, 16)
     acc, before = x, x * 2
     for _ in range(3):
         before = acc
@@ -193,7 +181,7 @@ def guarded_kernel(x_ptr, out_ptr, flag, n, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("flag", [0, 1])
 @pytest.mark.parametrize("n", [1, 16, 50, 63])
 def test_masks_of_all_kinds(flag, n, isa):
-    x, out = random(64), torch.full((64,), 9.0)
+    x, out = randn(64), torch.full((64,), 9.0)
     run(guarded_kernel, (2,), x, out, flag, n, BLOCK=32)
     i = torch.arange(64)
     a = x if flag else torch.full_like(x, 3.0)
@@ -210,7 +198,7 @@ def strided_kernel(x_ptr, out_ptr, stride_r, stride_c, rows, columns, BR: tl.con
 
 
 def test_runtime_strides(isa):
-    x = random(20, 30)
+    x = randn(20, 30)
     out = torch.zeros(10, 13)
     view = x[3:16, ::3]
     run(strided_kernel, (1,), view, out, view.stride(0), view.stride(1), 13, 10, BR=16, BC=16)
@@ -231,7 +219,7 @@ def names_kernel(x_ptr, out_ptr, load, store, BLOCK: tl.constexpr):
 
 
 def test_variables_may_be_called_like_the_preludes_functions(isa):
-    x, out = random(50), torch.zeros(50)
+    x, out = randn(50), torch.zeros(50)
     run(names_kernel, (2,), x, out, 50, 3, BLOCK=32)
     torch.testing.assert_close(out, x * (torch.where(torch.arange(50) > 5, 1.0, 2.0) + 49))
 
@@ -247,7 +235,7 @@ def far_kernel(x_ptr, w_ptr, out_ptr, start, stride, N: tl.constexpr):
 
 
 def test_offsets_past_32_bits(isa):
-    x, w, out = random(16, 16), random(16, 16, seed=1), torch.zeros(16, 16)
+    x, w, out = randn(16, 16), randn(16, 16, seed=1), torch.zeros(16, 16)
     start, stride = 3 << 20, 4096 + 16
     wide = torch.zeros(16, stride)
     wide[:, :16] = x
@@ -267,6 +255,56 @@ def one_element_kernel(x_ptr, out_ptr, n):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_an_array_made_in_a_branch_is_made_again_after_it(isa, n):
-    x, out = random(1), torch.zeros(2)
+    x, out = randn(1), torch.zeros(2)
     run(one_element_kernel, (1,), x, out, n)
     torch.testing.assert_close(out, torch.stack([x[0] * 2 * n, x[0] * 2]))
+
+
+@triton.jit
+def shift_in_place_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n)
+    tl.store(out_ptr + i, x * 2.0, mask=i < n)
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1, 16, 40])
+def test_a_store_that_overlaps_its_load_sees_the_old_values(shift, isa):
+    buffer = randn(300)
+    x, out = buffer[100 : 100 + 130], buffer[100 + shift : 230 + shift]
+    want = x.clone() * 2
+    run(shift_in_place_kernel, (1,), x, out, 130, BLOCK=256)
+    assert torch.equal(out, want)
+
+
+@triton.jit
+def two_stores_kernel(x_ptr, y_ptr, a_ptr, b_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i)
+    y = tl.load(y_ptr + i)
+    tl.store(a_ptr + i, x + y)
+    tl.store(b_ptr + i, x - y)
+    later = tl.load(a_ptr + i)
+    tl.store(a_ptr + i, later * 2)
+
+
+def test_a_load_before_a_store_is_not_moved_past_it(isa):
+    x, y = randn(64), randn(64, seed=1)
+    x0, y0 = x.clone(), y.clone()
+    run(two_stores_kernel, (1,), x, y, x, y, BLOCK=64)
+    assert torch.equal(x, (x0 + y0) * 2)
+    assert torch.equal(y, x0 - y0)
+
+
+@triton.jit
+def rotate_rows_kernel(x_ptr, n: tl.constexpr):
+    i = tl.arange(0, n)
+    for _ in range(3):
+        x = tl.load(x_ptr + (i + 1) % n)
+        tl.store(x_ptr + i, x)
+
+
+def test_stores_in_a_loop_come_before_the_next_turns_loads():
+    x = randn(64)
+    want = x.roll(-3)
+    run(rotate_rows_kernel, (1,), x, n=64)
+    assert torch.equal(x, want)

@@ -1,46 +1,24 @@
 """`effc.triton_cpu.enable()`: Triton's own launches, caches and tuning on CPU tensors."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import effc
-import effc.triton_cpu
 import pytest
 import torch
 import triton
 import triton.language as tl
-from effc.compiler.errors import InputError, KernelFailed, OutOfBounds, UnsupportedKernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-N = 1000
+from .on_cpu import randn
+from .triton_kernels import N, add_kernel, tuned
 
-
-@pytest.fixture(autouse=True)
-def enabled(one_thread, monkeypatch):
-    with effc.triton_cpu.enable():
-        yield
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    print(f"seed {seed}")
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@triton.jit
-def add_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr = 128):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < n)
-    y = tl.load(y_ptr + i, mask=i < n)
-    tl.store(out_ptr + i, x + y, mask=i < n)
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
 
 
 def test_a_launch_by_position_by_name_by_default_and_with_options_for_gpus():
-    x, y = random(N), random(N, seed=1)
+    x, y = randn(N), randn(N, seed=1)
     outs = [torch.zeros(N) for _ in range(4)]
     add_kernel[(8,)](x, y, outs[0], N)
     add_kernel[8, 1, 1](x, y, outs[1], N, 128, num_warps=8, num_stages=4, num_ctas=1, maxnreg=64)
@@ -59,7 +37,7 @@ def test_a_launch_by_position_by_name_by_default_and_with_options_for_gpus():
 def test_warmup_compiles_and_runs_nothing():
     compiled = add_kernel.warmup(torch.float32, torch.float32, torch.float32, N, BLOCK=64, grid=(16,))
     assert "tt.store" in compiled.asm["ttir"]
-    x, y, out = random(N), random(N, seed=1), torch.zeros(N)
+    x, y, out = randn(N), randn(N, seed=1), torch.zeros(N)
     add_kernel.warmup(x, y, out, N, BLOCK=64, grid=(16,))
     assert not out.any()
     compiled[(16, 1, 1)](x, y, out, N, 64)
@@ -72,13 +50,13 @@ def test_compile_for_a_named_target():
     for arch, flag in ((0, ""), ("generic", "generic")):
         compiled = triton.compile(source, target=GPUTarget("cpu", arch, 1))
         assert compiled.metadata.arch.startswith(flag)
-        x, y, out = random(N), random(N, seed=1), torch.zeros(N)
+        x, y, out = randn(N), randn(N, seed=1), torch.zeros(N)
         compiled[(32, 1, 1)](x, y, out, N, 32)
         assert torch.equal(out, x + y)
 
 
 def test_integers_are_specialized_as_triton_does():
-    x = random(N)
+    x = randn(N)
     texts = {}
     for n in (1, 16, 7, 2**33):
         compiled = add_kernel[(1,)](x, x, torch.empty(N), n, BLOCK=16)
@@ -128,7 +106,7 @@ def containers_kernel(tensors, sizes, out_ptr, BLOCK: tl.constexpr):
 
 
 def test_tuples_of_tensors_and_numbers():
-    x, y, out = random(64), random(64, seed=1, dtype=torch.bfloat16), torch.zeros(64)
+    x, y, out = randn(64), randn(64, seed=1, dtype=torch.bfloat16), torch.zeros(64)
     containers_kernel[(1,)]((x, y), (50, 33, (1, 0.5)), out, BLOCK=64)
     i = torch.arange(64)
     assert torch.equal(out, (x.where(i < 50, 0) + y.float().where(i < 33, 0)) * 0.5)
@@ -141,7 +119,7 @@ def transpose_kernel(source, target, BR: tl.constexpr, BC: tl.constexpr):
 
 
 def test_descriptors_made_by_the_host():
-    x, out = random(37, 52), torch.zeros(52, 40)
+    x, out = randn(37, 52), torch.zeros(52, 40)
     source, target = TensorDescriptor.from_tensor(x, [16, 16]), TensorDescriptor.from_tensor(out, [16, 16])
     transpose_kernel[(3, 4)](source, target, 16, 16)
     assert torch.equal(out[:, :37], x.T)
@@ -158,25 +136,11 @@ def copy_kernel(sources, targets, n, stride, COUNT: tl.constexpr, BLOCK: tl.cons
 def test_tensors_of_all_dtypes_and_strides():
     dtypes = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
     dtypes += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-    sources = [random(100, seed=k).mul(50).to(torch.int8).to(dtype)[::2] for k, dtype in enumerate(dtypes)]
+    sources = [randn(100, seed=k).mul(50).to(torch.int8).to(dtype)[::2] for k, dtype in enumerate(dtypes)]
     targets = [torch.zeros(50, dtype=dtype) for dtype in dtypes]
     copy_kernel[(1,)](tuple(sources), tuple(targets), 50, 2, COUNT=len(dtypes), BLOCK=64)
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source, target), source.dtype
-
-
-def tuned(configs, **options):
-    return triton.autotune(configs=configs, key=["n"], **options)(
-        triton.heuristics({"EVEN": lambda args: args["n"] % args["BLOCK"] == 0})(tuned_kernel)
-    )
-
-
-@triton.jit
-def tuned_kernel(x_ptr, total_ptr, n, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i) if EVEN else tl.load(x_ptr + i, mask=i < n, other=0)
-    tl.atomic_add(total_ptr, tl.sum(x))
-    tl.store(x_ptr + i, x + 1, mask=i < n)
 
 
 def test_autotune_with_heuristics_restored_and_reset_arguments_and_hooks():
@@ -197,10 +161,10 @@ def test_autotune_goes_on_where_a_block_is_too_large(monkeypatch):
     configs = [triton.Config({"SIZE": size}) for size in (1 << 10, 16)]
     kernel = triton.autotune(configs=configs, key=[])(large_kernel)
     out = torch.zeros(1)
-    kernel[(1,)](random(1 << 11), out)
+    kernel[(1,)](randn(1 << 11), out)
     assert kernel.best_config.kwargs == {"SIZE": 16}
     with pytest.raises(OutOfResources, match="scratch memory"):
-        large_kernel[(1,)](random(1 << 11), out, SIZE=1 << 10)
+        large_kernel[(1,)](randn(1 << 11), out, SIZE=1 << 10)
 
 
 @triton.jit
@@ -210,29 +174,8 @@ def large_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr, tl.sum(tl.dot(x, x, input_precision="ieee")))
 
 
-@triton.jit
-def running_sum_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
-    i = tl.arange(0, SIZE)
-    tl.store(out_ptr + i, tl.cumsum(tl.load(x_ptr + i), 0))
-
-
-def test_large_blocks_run_on_threads_with_little_stack():
-    x = torch.arange(1 << 16, dtype=torch.float64)
-    here, there = torch.empty_like(x), torch.empty_like(x)
-    running_sum_kernel[(1,)](x, here, SIZE=1 << 16)
-    usual = threading.stack_size(256 << 10)
-    try:
-        thread = threading.Thread(target=lambda: running_sum_kernel[(1,)](x, there, SIZE=1 << 16))
-        thread.start()
-    finally:
-        threading.stack_size(usual)
-    thread.join()
-    assert torch.equal(here, x.cumsum(0))
-    assert torch.equal(there, here)
-
-
 def test_do_bench_measures_milliseconds():
-    x = random(1 << 18)
+    x = randn(1 << 18)
     out = torch.empty_like(x)
     once = triton.testing.do_bench(lambda: add_kernel[(64,)](x, x, out, x.numel(), BLOCK=4096), warmup=1, rep=5)
     assert 1e-3 < once < 1e3
@@ -263,7 +206,7 @@ def test_launch_hooks_see_launches():
     seen = []
     triton.knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
     try:
-        x, out = random(N), torch.empty(N)
+        x, out = randn(N), torch.empty(N)
         add_kernel[(8,)](x, x, out, N)
     finally:
         triton.knobs.runtime.launch_enter_hook.calls.clear()
@@ -277,77 +220,10 @@ def test_inductor_compiles_models_to_triton_for_the_cpu():
     def model(x, w):
         return torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, x.shape[-1:]) * w).sum(-1)
 
-    x, w = random(64, 100), random(100, seed=1)
+    x, w = randn(64, 100), randn(100, seed=1)
     got, (code,) = run_and_get_code(torch.compile(model, options={"cpu_backend": "triton"}), x, w)
     assert "@triton.jit" in code
     torch.testing.assert_close(got, model(x, w))
-
-
-# --- refusals ----------------------------------------------------------------------------------------------------
-
-
-def test_a_tensor_elsewhere_is_refused_by_name():
-    x, out = random(N), torch.empty(N, device="meta")
-    with pytest.raises(InputError, match="kernel add_kernel: argument out_ptr is on meta") as error:
-        add_kernel[(8,)](x, x, out, N)
-    assert "\n" not in str(error.value)
-
-
-def test_a_number_of_the_wrong_type_is_refused_by_name():
-    @triton.jit
-    def kernel(out_ptr, n: tl.int32):
-        tl.store(out_ptr, n)
-
-    out = torch.zeros(1)
-    kernel[(1,)](out, 7)
-    assert out.item() == 7
-    for bad in (2**31, 0.5):
-        with pytest.raises(InputError, match=f"kernel kernel: argument n is {bad}, expected a number of type i32"):
-            kernel[(1,)](out, bad)
-
-
-def test_what_a_cpu_cannot_do_is_refused_with_the_line():
-    @triton.jit
-    def kernel(x_ptr):
-        i = tl.arange(0, 16)
-        x = tl.load(x_ptr + i)
-        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
-        tl.store(x_ptr + i, y)
-
-    @triton.jit
-    def clock_kernel(x_ptr):
-        tl.store(x_ptr, tl.extra.cuda.globaltimer())
-
-    x = torch.zeros(16, dtype=torch.int32)
-    with pytest.raises(UnsupportedKernel, match=r"^kernel kernel: .*_cpu\.py:\d+: tt\.elementwise_inline_asm"):
-        kernel[(1,)](x)
-    with pytest.raises(UnsupportedKernel, match=r"^kernel clock_kernel: .*py:\d+: tt\.elementwise_inline_asm"):
-        clock_kernel[(1,)](x)
-    with pytest.raises(UnsupportedKernel, match="launch_cooperative_grid"):
-        add_kernel[(8,)](*[torch.zeros(N)] * 3, N, launch_cooperative_grid=True)
-    with pytest.raises(KeyError, match="nonsense"):
-        add_kernel[(8,)](*[torch.zeros(N)] * 3, N, nonsense=1)
-
-
-@triton.jit
-def positive_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i)
-    tl.device_assert(x > 0, "not positive")
-    tl.store(out_ptr + i, tl.log(x))
-
-
-@gluon.jit
-def gluon_kernel(x_ptr, BLOCK: gl.constexpr):
-    i = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    gl.store(x_ptr + i, gl.load(x_ptr + i) + 1)
-
-
-def test_a_kernel_for_the_threads_of_a_gpu_is_refused():
-    x = torch.zeros(128)
-    with pytest.raises(UnsupportedKernel, match=r"expected a kernel of triton\.jit, found one of gluon\.jit"):
-        gluon_kernel[(1,)](x, BLOCK=128)
-    assert not x.any()
 
 
 @triton.jit
@@ -358,171 +234,15 @@ def specialized_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 def test_how_a_gpu_should_run_a_loop_changes_nothing():
-    x, out = random(N), torch.zeros(N)
+    x, out = randn(N), torch.zeros(N)
     specialized_kernel[(1,)](x, out, N, BLOCK=64)
     assert torch.equal(out, 2 * x)
 
 
-def test_assertions_hold_where_debugging_asks_for_them(monkeypatch):
-    x, out = torch.ones(16), torch.zeros(16)
-    positive_kernel[(1,)](x, out, BLOCK=16, debug=True)
-    x[3] = -1
-    positive_kernel[(1,)](x, out, BLOCK=16)
-    with pytest.raises(KernelFailed, match=r"test_triton_cpu\.py:\d+.*not positive"):
-        positive_kernel[(1,)](x, out, BLOCK=16, debug=True)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.debug = True
-        with pytest.raises(KernelFailed):
-            positive_kernel[(1,)](x, out, BLOCK=16)
-
-
-def test_checked_kernels_raise_at_the_line_that_leaves_a_tensor():
-    x, out = random(N), torch.zeros(N)
-    with effc.triton_cpu.enable(checked=True):
-        add_kernel[(8,)](x, x, out, N)
-        assert torch.equal(out, 2 * x)
-        with pytest.raises(OutOfBounds, match=r"test_triton_cpu\.py:\d+.*add_kernel"):
-            add_kernel[(9,)](x, x, out, N + 1)
-    add_kernel[(8,)](x, x, out, N)
-
-
 def test_kernels_compile_side_by_side_where_triton_is_asked_to():
-    x, out = random(N), torch.zeros(N)
+    x, out = randn(N), torch.zeros(N)
     with ThreadPoolExecutor(2) as pool, triton.AsyncCompileMode(pool):
         for block in (32, 64, 512):
             add_kernel.warmup(x, x, out, N, BLOCK=block, grid=(1,))
     add_kernel[(2,)](x, x, out, N, BLOCK=512)
     assert torch.equal(out, 2 * x)
-
-
-# --- threads -----------------------------------------------------------------------------------------------------
-
-
-def run_at_once(work, arguments):
-    """work(argument) for each, every one in a thread of its own."""
-    threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def test_two_python_threads_launch_at_once():
-    failures = []
-
-    def work(seed):
-        x, out = random(N, seed=seed), torch.empty(N)
-        for n in (N, N // 2) * 20:
-            out.zero_()
-            add_kernel[(triton.cdiv(n, 64),)](x, x, out, n, BLOCK=64)
-            if not torch.equal(out[:n], 2 * x[:n]):
-                failures.append(seed)
-
-    run_at_once(work, range(4))
-    assert failures == []
-
-
-def test_each_thread_is_told_the_failures_of_its_own_launches():
-    @triton.jit
-    def kernel(x_ptr, out_ptr, n, LIMIT: tl.constexpr):
-        at = tl.program_id(0)
-        total = 0.0
-        for k in range(n):
-            total += tl.load(x_ptr + k)
-        tl.device_assert(total < LIMIT, "too large")
-        tl.store(out_ptr + at, total)
-
-    wrong = []
-
-    def work(fill):
-        x, out = torch.full((50000,), float(fill)), torch.empty(16)
-        for _ in range(20):
-            out.fill_(-1)
-            try:
-                kernel[(16,)](x, out, len(x), LIMIT=100.0, debug=True)
-                failed = False
-            except KernelFailed:
-                failed = True
-            if failed != bool(fill) or (not fill and out.count_nonzero()):
-                wrong.append(fill)
-
-    run_at_once(work, (0, 1, 0, 1))
-    assert wrong == []
-
-
-# --- on and off --------------------------------------------------------------------------------------------------
-
-
-def test_off_means_as_before():
-    driver = triton.runtime.driver
-    inside = driver.active
-    with effc.triton_cpu.enable("generic"):
-        assert driver.active.get_current_target() == GPUTarget("cpu", "generic", 1)
-        out = torch.zeros(N)
-        assert add_kernel[(8,)](out, out, out, N).metadata.arch == "generic"
-    assert driver.active is inside
-    effc.triton_cpu.disable()
-    assert not effc.triton_cpu.is_enabled()
-    assert "cpu" not in triton.backends.backends
-    with pytest.raises(RuntimeError):
-        add_kernel[(8,)](out, out, out, N)
-
-
-class OnDevice:
-    """As much of a tensor on a GPU as Triton asks for."""
-
-    dtype, device, is_cpu = torch.float32, torch.device("cuda", 0), False
-
-    def data_ptr(self):
-        return 4096
-
-
-class FakeGpu:
-    """A GPU's driver; it compiles as for a CPU, and runs nothing."""
-
-    launches: list = []  # noqa: RUF012
-
-    def __init__(self):
-        from effc.codegen.cpu.driver import CpuUtils
-        from effc.codegen.cpu.target import host_target
-
-        self.utils = CpuUtils(host_target())
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 7
-
-    def get_current_target(self):
-        return GPUTarget("cpu", "generic", 1)
-
-    def launcher_cls(self, source, metadata):
-        return lambda *arguments: self.launches.append(arguments[9:])
-
-
-def test_a_gpu_keeps_its_launches():
-    effc.triton_cpu.disable()
-    gpu = FakeGpu()
-    triton.runtime.driver.set_active(gpu)
-    run = triton.JITFunction.run
-    try:
-        with effc.triton_cpu.enable():
-            tensor, x, out = OnDevice(), random(N), torch.zeros(N)
-            add_kernel[(8,)](tensor, tensor, tensor, N)
-            add_kernel[(8,)](tensor, x, tensor, N)
-            assert [arguments[1] is x for arguments in gpu.launches] == [False, True], "all of it, mixed or not"
-            add_kernel[(8,)](x, x, out, N)
-            assert torch.equal(out, 2 * x)
-            assert len(gpu.launches) == 2
-            configs = [triton.Config({"BLOCK": block}) for block in (64, 128)]
-            total = torch.zeros(1, dtype=torch.int64)
-            tuned(configs, reset_to_zero=["total_ptr"])[lambda meta: (triton.cdiv(500, meta["BLOCK"]),)](
-                torch.zeros(500, dtype=torch.int64), total, 500
-            )
-            assert len(gpu.launches) == 2, "tuning on the CPU, too"
-            assert triton.runtime.driver.active.get_current_stream(0) == 7
-        assert triton.runtime.driver.active is gpu
-        assert triton.JITFunction.run is run
-    finally:
-        triton.runtime.driver.set_active(None)
