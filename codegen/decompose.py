@@ -63,6 +63,11 @@ def has_kernel(target: Any) -> bool:
     return target in EMITTERS or target in INDICES or target in SPLITS or target in TEMPLATES or target in WRITES
 
 
+def can_decompose(target: Any) -> bool:
+    """Whether an op has a kernel, or a decomposition into ops that may have one."""
+    return has_kernel(target) or target in table()
+
+
 # --- decompositions of our own -----------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from .domain import NoKernel, Store
 from .fusion_cost import Decision
 from .grouping import group_units
 from .horizontal import merge_launches
+from .in_place import write_by_kernels
 from .kernel import ZERO, Buffer, Fallback, Layout, Schedule, contiguous_strides
 from .rounding import in_fp32
 from .scope import Scope
@@ -55,7 +56,7 @@ def schedule(graph: Graph, target: Target, pack: bool = True, rounding: str = "e
 
     rounding: of 16-bit values within a kernel: where eager rounds, or "fp32" (see `rounding.py`).
     """
-    graph = decompose(graph)
+    graph = decompose(write_by_kernels(graph))
     realized: set[fx.Node] = set()
     refused: dict[fx.Node, str] = {}
     while True:
@@ -257,7 +258,7 @@ def lower_template(scope: Scope, plan: Plan, node: fx.Node) -> None:
 
 
 def lower_write(scope: Scope, plan: Plan, node: fx.Node) -> None:
-    """Store new keys or values into a cache; what comes straight from a rope is computed by the same kernel."""
+    """Store values where a write says; what comes straight from a rope is computed by the same kernel."""
     cache, write = node.args[0], WRITES[node.target]
     new, positions = write.operands(node)
     cache_layout = scope.layouts.get(cache)
@@ -269,11 +270,11 @@ def lower_write(scope: Scope, plan: Plan, node: fx.Node) -> None:
         except NoKernel as problem:
             problem.node = problem.node or new
             raise
-    else:
-        slot = write.slot(node, scope.layout(positions))
-        if slot.axis == len(sizes(new)) - 1:
+    elif not is_empty(new):
+        slot = None if positions is None else write.slot(node, scope.layout(positions))
+        if slot is not None and slot.axis == len(sizes(new)) - 1:
             raise NoKernel("a write along the last axis has no kernel")
-        scope.add(scope.pointwise([Store(new, cache_layout, slot)], name="write_to_cache"))
+        scope.add(scope.pointwise([Store(new, cache_layout, slot)], name=write.name))
     scope.layouts[node] = cache_layout
 
 

@@ -36,12 +36,24 @@ class Scope:
         self.steps: list[Step] = []
         self.copies: dict[fx.Node, Layout] = {}
         self.written = {self.base(node.args[0]) for node in graph.nodes if writes(node)}
-        self.outputs = {seen for node in graph.outputs if isinstance(node, fx.Node) for seen in (node, self.base(node))}
+        self.outputs = {
+            seen
+            for node in graph.outputs
+            if isinstance(node, fx.Node)
+            for seen in (node, self.base(node), self.memory(node))
+        }
 
     @staticmethod
     def base(node: fx.Node) -> fx.Node:
         while is_view(node):
             node = view_source(node)
+        return node
+
+    @staticmethod
+    def memory(node: fx.Node) -> fx.Node:
+        """The tensor whose memory holds a value: what a view looks at, and what a write returns."""
+        while is_view(node) or writes(node):
+            node = view_source(node) if is_view(node) else node.args[0]
         return node
 
     # --- memory ------------------------------------------------------------------------------------------------
@@ -69,7 +81,11 @@ class Scope:
         """Whether a result leaves the run, is shared with an op that runs through ATen, or is only in the arena."""
         if node in self.outputs:
             return "output"
-        return "shared" if any(reader in self.refused for reader in readers(node)) else "temporary"
+        found = readers(node)
+        for reader in found:  # what a write to it returns lies there too
+            if writes(reader) and self.memory(reader) is node:
+                found.extend(readers(reader))
+        return "shared" if any(reader in self.refused for reader in found) else "temporary"
 
     def rows(self, node: fx.Node) -> Layout:
         """The layout of a tensor whose last axis is contiguous, copied if it is not."""

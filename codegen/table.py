@@ -12,12 +12,13 @@ from torch import fx
 from ..compiler.graph import sizes
 from ..compiler.ops import OPS
 from ..compiler.pattern import arguments
-from . import (  # noqa: F401  (dequantize, gathers, pointwise_ops and reductions fill EMITTERS)
+from . import (  # noqa: F401  (dequantize, gathers, movement, pointwise_ops and reductions fill EMITTERS)
     attention,
     dequantize,
     gathers,
     linear,
     moe,
+    movement,
     pointwise_ops,
     reductions,
     rope,
@@ -44,10 +45,14 @@ TEMPLATES: dict[Any, Callable[[Scope, fx.Node], None]] = {
 
 @dataclass(frozen=True)
 class Write:
-    """How a kernel writes to a cache. operands: (new values, positions) of a node; slot: where they land."""
+    """How a kernel writes to a tensor. operands: (new values, positions) of a node; slot: where they land.
 
-    operands: Callable[[fx.Node], tuple[fx.Node, fx.Node]]
-    slot: Callable[[fx.Node, Layout], Slot]
+    Without positions, the new values take the place of all.
+    """
+
+    name: str
+    operands: Callable[[fx.Node], tuple[fx.Node, fx.Node | None]]
+    slot: Callable[[fx.Node, Layout], Slot] | None = None
 
 
 def ring_of(write: fx.Node) -> int | None:
@@ -56,17 +61,20 @@ def ring_of(write: fx.Node) -> int | None:
 
 WRITES: dict[Any, Write] = {
     effc.kv_write.default: Write(
+        "write_to_cache",
         lambda node: (node.args[1], node.args[2]),
         lambda node, positions: Slot(axis=2, positions=positions, by=0, adds=True, ring=ring_of(node)),
     ),
     aten.index_copy_.default: Write(
+        "write_to_cache",
         lambda node: (node.args[3], node.args[2]),
         lambda node, positions: Slot(
             axis=node.args[1] % len(sizes(node)), positions=positions, by=node.args[1] % len(sizes(node)), adds=False
         ),
     ),
+    aten.copy_.default: Write("copy_to", lambda node: (node.args[1], None)),
 }
-"""Writes in place: effc's own, and the one that Hugging Face's static cache is made of."""
+"""Writes in place: effc's own, and those that Hugging Face's static caches are made of (see `in_place.py`)."""
 
 
 def has_kernel(op: str) -> bool:

@@ -13,7 +13,7 @@ from torch import fx
 from ..compiler.graph import Graph, dtype_of, is_tensor, sizes, writes
 from .domain import Domain
 from .fusion_cost import MAX_INLINED, Decision, bytes_of, op_cost, recompute
-from .pointwise_ops import is_fusible
+from .pointwise_ops import SIMPLE, is_fusible
 from .prologue import joins_product
 from .reductions import REDUCTIONS, is_row_reduction, reduces_columns
 from .scope import Scope, flat_domain, readers
@@ -128,10 +128,12 @@ class Plan:
         if write.target not in WRITES or write in self.refused:
             return False
         new, positions = WRITES[write.target].operands(write)
-        return Scope.base(new) is node and Scope.base(positions) is not node
+        return Scope.base(new) is node and (positions is None or Scope.base(positions) is not node)
 
     def is_realized(self, node: fx.Node) -> bool:
-        if node in self.forced or any(Scope.base(argument) in self.written for argument in node.all_input_nodes):
+        if node in self.forced:
+            return True
+        if not self.is_update(node) and any(Scope.base(x) in self.written for x in node.all_input_nodes):
             return True
         if is_empty(node) or reduces_columns(node):
             return True
@@ -149,6 +151,19 @@ class Plan:
         into = ", ".join(sorted(user.name for user in users))
         self.decisions.append(Decision(node.name, into, again, reason, saved))
         return not again
+
+    def is_update(self, node: fx.Node) -> bool:
+        """Whether a value is only stored where its first operand lies, element by element: x += y."""
+        users = list(node.users)
+        return (
+            len(users) == 1
+            and users[0].target is aten.copy_.default
+            and users[0] not in self.refused
+            and node.target in SIMPLE
+            and users[0].args[0] is node.args[0]
+            and sizes(node) == sizes(node.args[0])
+            and not any(Scope.base(x) in self.written for x in node.all_input_nodes[1:])
+        )
 
     @cached_property
     def readers_of(self) -> dict[fx.Node, set[fx.Node]]:

@@ -51,6 +51,7 @@ def trace_dynamo(gm: fx.GraphModule, *, name: str = "compiled") -> Graph:
     examples = [node.meta["example_value"] for node in placeholders]
     try:
         module = _trace(_Values(gm).run, examples)
+        _drop_casts_to_themselves(module.graph)
         if not _writes_are_direct(module.graph):
             module = _trace(_functional(_Values(gm).run), examples)
     except Exception as error:
@@ -115,14 +116,36 @@ def _functional(function: Callable[..., Any]) -> Callable[..., Any]:
     return functional
 
 
+CASTS = frozenset(torch.ops.aten.to.__getattr__(name) for name in ("dtype", "dtype_layout", "device", "other"))
+
+
+def _drop_casts_to_themselves(nodes: fx.Graph) -> None:
+    """A tensor instead of its `to` the dtype and device that it has: those are one tensor, and not two."""
+    for node in list(nodes.nodes):
+        if node.target not in CASTS or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        schema = node.target._schema.arguments
+        given = dict(zip((argument.name for argument in schema), node.args)) | dict(node.kwargs)
+        before, after = node.args[0].meta["val"], node.meta["val"]
+        same = (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
+        if same and not given.get("copy") and given.get("memory_format") is None:
+            node.replace_all_uses_with(node.args[0])
+            nodes.erase_node(node)
+
+
 def _writes_are_direct(nodes: fx.Graph) -> bool:
     """Whether every write is to a placeholder, or to the result of a write, that no view shares memory with.
 
-    (Views of what the last write returns are fine: nothing changes under them.)
+    (Views of what the last write returns are fine: nothing changes under them.) What is read behind a write has to
+    read its result.
     """
+    place = {node: position for position, node in enumerate(nodes.nodes)}
     return all(
         node.target == torch.ops.aten.detach_.default
-        or (is_version(node.args[0]) and not any(map(_may_alias, node.args[0].users)))
+        or (
+            is_version(node.args[0])
+            and not any(_may_alias(user) or place[user] > place[node] for user in node.args[0].users)
+        )
         for node in nodes.nodes
         if writes(node)
     )
