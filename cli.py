@@ -1,4 +1,4 @@
-"""The commands: `effc pull | generate | dump | explain | profile | ablate | bench`.
+"""The commands: `effc pull | generate | quantize | dump | explain | profile | ablate | bench`.
 
 Nothing heavy is imported before the arguments are known to be good. What the model says, paths and tables go to
 standard output; progress and statistics go to standard error, and only where that is a terminal.
@@ -165,6 +165,32 @@ def show_answer(answer: TextStream, as_json: bool) -> None:
             f" ended by {answer.finish_reason}]",
             file=sys.stderr,
         )
+
+
+@app.command("quantize")
+def quantize_command(
+    model: ModelArgument,
+    scheme: Annotated[str, typer.Option(help="A scheme (w4, w8, w4a8, w8a8) or a format (int4_g128, q4_1, ...).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, .safetensors.")],
+) -> None:
+    """Round the weights of a model to a scheme or a format, and write it to one file that opens like the model."""
+    from .compiler.schemes import scheme_of
+
+    scheme_of(scheme)
+    path = located(model)
+    with status(f"opening {model}"):
+        from . import load
+        from .quantize_model import quantize_model
+
+        loaded = load(path)
+    with progress_bar() as progress:
+        report = None if progress is None else lambda done, total: progress("quantizing", done, total)
+        written = quantize_model(loaded, scheme, output, report)
+    print(written.path)
+    if sys.stderr.isatty():
+        print(written.summary, file=sys.stderr)
+    for remark in written.remarks:
+        print(f"effc: {remark}", file=sys.stderr)
 
 
 @app.command("dump")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
+from .safetensors_file import DTYPES
 from .weights import Shape, Weight, read
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class SafetensorsSource:
         return tuple(self._open(self._files[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self._open(self._files[name]).get_slice(name).get_dtype()]
+        return DTYPES[self._open(self._files[name]).get_slice(name).get_dtype()]
 
     def read(self, name: str) -> Tensor:
         return self._open(self._files[name]).get_tensor(name)
@@ -117,22 +118,6 @@ class SafetensorsSource:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is truncated or no safetensors file: {error}; get the file again") from error
         return self._handles[file]
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -30,12 +30,16 @@ from .hf_folder import (
     stored_dtype,
     tensor_files,
 )
+from .quantized_file import QuantizedSource, is_safetensors
 from .skeleton import on_meta, scale_rope, skeleton_of
 from .sources import MappedSource, ModuleSource
 from .weights import Cast, Constant, TensorSource, Weight, read
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""What a file divides the frequencies of rope by, beside the parameters."""
 
 
 @dataclass
@@ -160,8 +164,8 @@ class GgufModel(LoadedModel):
     def skeleton(self) -> nn.Module:
         check_architecture(self.base)
         skeleton = skeleton_of(self.config, self.dtype, self.name)
-        if "rope_freqs.weight" in self.base.names:
-            scale_rope(skeleton, self.base.read("rope_freqs.weight"))
+        if ROPE_FACTORS in self.base.names:
+            scale_rope(skeleton, self.base.read(ROPE_FACTORS))
         return skeleton
 
     @cached_property
@@ -244,6 +248,28 @@ class FolderModel(LoadedModel):
 
 
 @dataclass
+class QuantizedModel(FolderModel):
+    """A file that `effc quantize` wrote; `path` is a folder with the small files that it holds."""
+
+    file: Path = Path()
+
+    @cached_property
+    def base(self) -> QuantizedSource:
+        return QuantizedSource(self.file)
+
+    @cached_property
+    def quantization(self) -> dict[str, Any]:
+        return {"quant_method": "effc", "scheme": self.base.scheme}
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        skeleton = super().skeleton
+        if ROPE_FACTORS in self.base.names:
+            scale_rope(skeleton, self.base.read(ROPE_FACTORS))
+        return skeleton
+
+
+@dataclass
 class ModuleModel(LoadedModel):
     """A module in memory: its parameters are read by reference, nothing is copied."""
 
@@ -298,6 +324,8 @@ def load(model: str | Path | nn.Module, dtype: torch.dtype | None = None, cache:
         return loaded
     if not path.exists():
         raise ModelError(f"no such model: expected a GGUF file or a Hugging Face folder, found nothing at {path}")
+    if is_safetensors(path):
+        return _quantized(path, dtype, cache)
     loaded = GgufModel(path.stem, _identity(path), dtype or torch.float32, cache, path=path)
     _ = loaded.base
     return loaded
@@ -313,6 +341,15 @@ def refuse_subclasses(module: nn.Module) -> None:
                 f"{type(module).__name__}: expected plain parameters, found {found}: give the model before it was"
                 ' quantized, with quantize="w8a8" or another scheme, or a quantized folder'
             )
+
+
+def _quantized(path: Path, dtype: torch.dtype | None, cache: Path | None) -> QuantizedModel:
+    """Open a file of `effc quantize`; the small files that it holds are written into the cache."""
+    source, identity = QuantizedSource(path), _identity(path)
+    folder = converted(cache, f"{path.stem}-{identity}", "files", source.write_files)
+    loaded = QuantizedModel(path.stem, identity, dtype or stored_dtype(folder), cache, path=folder, file=path)
+    loaded.base = source
+    return loaded
 
 
 def _identity(*files: Path) -> str:

@@ -25,11 +25,17 @@ LARGEST_SCALE_CODE = {torch.uint8: 63, torch.int8: 127}
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
+ELEMENTS_AT_ONCE = 1 << 22
+"""Rows are rounded a few at a time: what lies between the weights and their codes is several times their size."""
+
+
 def round_to_nearest(weight: Tensor, format: Format) -> tuple[Tensor, ...]:
     """weight [..., N, K] --> parts in the order of `format.part_names`. Raises InputError for what does not fit."""
     check_finite(weight, format)
-    weight = weight.float()
-    return round_under(weight, *group_scales(weight, format), format)
+    *leading, k = weight.shape
+    pieces = weight.reshape(-1, k).split(max(1, ELEMENTS_AT_ONCE // k))
+    rounded = zip(*(round_under(rows, *group_scales(rows, format), format) for rows in map(Tensor.float, pieces)))
+    return tuple(torch.cat(parts).unflatten(0, leading) for parts in rounded)
 
 
 def round_under(weight: Tensor, scales: Tensor, mins: Tensor | None, format: Format) -> tuple[Tensor, ...]:
