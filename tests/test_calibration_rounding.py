@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effc.compiler.activation_formats import find_activation, quantize_rows
 from effc.compiler.errors import InputError
 from effc.compiler.formats import find
 from effc.compiler.round_to_nearest import round_under
+from effc.passes.calibrate.awq import search_scaling
 from effc.passes.calibrate.gptq import inverse_factor, round_gptq
 from effc.passes.calibrate.grid import diagonal_blocks, group_errors
+from effc.passes.calibrate.hadamard import rotation
 from effc.passes.calibrate.rtn import round_clipped, round_nearest
+from effc.passes.calibrate.smoothquant import smoothing
 from effc.passes.calibrate.statistics import InputStatistics, output_error
 from torch import Tensor
 
@@ -133,3 +137,44 @@ def test_weights_that_are_not_finite_are_refused():
     for way in (round_clipped, round_gptq):
         with pytest.raises(InputError, match="found infinity in row 2"):
             way(weight, torch.eye(COLUMNS), find("int4_g32"))
+
+
+# --- scales and rotations --------------------------------------------------------------------------------------
+
+
+def inputs_with_outliers() -> Tensor:
+    """Four channels that are a hundred times as large as the others."""
+    x = correlated_inputs(rows=128) / 20
+    x[:, 7::24] *= 100
+    return x
+
+
+def int8_error(x: Tensor, weight: Tensor) -> float:
+    """Of x @ weight.T with both in int8, a scale a row."""
+    codes, scales = quantize_rows(x, find_activation("int8"))
+    rounded = find("int8").dequantize(find("int8").quantize(weight))
+    return ((codes * scales) @ rounded.t() - x @ weight.t()).square().mean().item()
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int3_g64"])
+def test_awq_lessens_the_error_and_keeps_what_is_tied_alike(name):
+    weight, statistics = matrix(), InputStatistics.of([inputs_with_outliers()])
+    found = search_scaling([(weight[:8], find(name)), (weight[8:], find(name))], statistics)
+    assert found.error < 0.8 * found.error_unscaled
+    assert found.alpha > 0
+    format = find(name)
+    rounded = format.dequantize(format.quantize(weight * found.scale)) / found.scale
+    assert output_error(rounded - weight, statistics.hessian) == pytest.approx(found.error, rel=1e-3)
+    tied = search_scaling([(weight, format)], statistics, lambda scale: scale.view(2, -1).mean(0).repeat(2))
+    assert torch.equal(tied.scale[:48], tied.scale[48:])
+
+
+def test_smoothing_lessens_the_error_of_int8_activations():
+    x, weight = inputs_with_outliers(), matrix()
+    scale = smoothing(weight, x.abs().amax(0))
+    assert int8_error(x / scale, weight * scale) < 0.1 * int8_error(x, weight)
+
+
+def test_rotating_lessens_the_error_of_int8_activations():
+    x, weight, turn = inputs_with_outliers(), matrix(), rotation(COLUMNS).float()
+    assert int8_error(x @ turn, weight @ turn) < 0.3 * int8_error(x, weight)

