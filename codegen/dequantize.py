@@ -29,12 +29,13 @@ def dequantize(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     def at(name: str, run: int | None) -> str:
         """The part's value for this weight, in fp32; `run` weights share it."""
         column = index[-1] * 0 if run is None else FloorDiv(index[-1], run)
-        return f"{kernel.value(parts[name], (*index[:-1], column)).name}.to(tl.float32)"
+        value = kernel.value(parts[name], (*index[:-1], column))
+        return value.name if value.dtype.is_floating_point else f"{value.name}.to(tl.float32)"
 
     scale = at("scales", format.group)
     if format.super_block:
         scale = kernel.assign("scale", f"{at('super', format.super_block)} * {scale}")
-    value = f"{scale} * {level(kernel, format, parts, index)}"
+    value = f"{scale} * {level(kernel, format, code_of(kernel, format, parts, index))}"
     if format.super_block and format.asymmetric:
         value += f" - {at('super_min', format.super_block)} * {at('mins', format.group)}"
     elif format.asymmetric:
@@ -44,29 +45,26 @@ def dequantize(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     return kernel.let(node, value if wide == torch.float32 else f"({value}).to({TL_TYPES[wide]})")
 
 
-def level(kernel: RowKernel, format: Format, parts: dict[str, fx.Node], index: Index) -> str:
-    """What the scale multiplies, fp32: the code less its zero, or the value that it indexes."""
-    code = code_text(kernel, format, parts, index)
-    if format.book is not None:
-        code = kernel.assign("code", code)
-        text = str(format.book[-1])
-        for position, value in reversed([*enumerate(format.book[:-1])]):
-            text = f"tl.where({code} == {position}, {value}, {text})"
-        return text
-    code = f"({code}).to(tl.float32)"
-    return f"({code} - {format.zero}.0)" if format.zero else code
-
-
-def code_text(kernel: RowKernel, format: Format, parts: dict[str, fx.Node], index: Index) -> str:
-    """The code as an integer, put together from its planes."""
-    texts, shift = [], 0
+def code_of(kernel: RowKernel, format: Format, parts: dict[str, fx.Node], index: Index) -> str:
+    """The variable with the code, an integer put together from its planes."""
+    codes, shift = [], 0
     for name, width in zip(("codes", "high"), format.planes):
         per_byte = 8 // width
         byte = kernel.value(parts[name], (*index[:-1], FloorDiv(index[-1], per_byte))).name
         if width == 8:
             return byte
-        place = kernel.index_text(Mod(index[-1], per_byte))
-        bits = f"({byte}.to(tl.int32) >> ({place}) * {width}) & {(1 << width) - 1}"
-        texts.append(f"(({bits}) << {shift})" if shift else f"({bits})")
+        place = kernel.factor_text(Mod(index[-1], per_byte) * width)
+        code = kernel.assign("code", f"{byte}.to(tl.int32) >> {place} & {(1 << width) - 1}")
+        codes.append(f"({code} << {shift})" if shift else code)
         shift += width
-    return " | ".join(texts)
+    return codes[0] if len(codes) == 1 else kernel.assign("code", " | ".join(codes))
+
+
+def level(kernel: RowKernel, format: Format, code: str) -> str:
+    """What the scale multiplies, fp32: the code less its zero, or the value that it indexes."""
+    if format.book is None:
+        return f"({code} - {format.zero}).to(tl.float32)" if format.zero else f"{code}.to(tl.float32)"
+    value = str(format.book[-1])
+    for place, entry in reversed([*enumerate(format.book[:-1])]):
+        value = f"tl.where({code} == {place}, {entry}, {value})"
+    return value

@@ -1,4 +1,4 @@
-"""Find a model and open it, reading no weight: a GGUF file, a Hugging Face folder, or a module in memory.
+"""Find a model and open it, reading no weight: a file, a Hugging Face folder, or a module in memory.
 
 What a LoadedModel offers is made on first use, so a warm start that only needs the file's tensors and the converted
 tokenizer imports neither transformers nor builds a model.
@@ -135,7 +135,7 @@ class LoadedModel:
 
     def _note_unread(self, recipes: Iterable[Weight]) -> None:
         used = {name for weight in recipes for name in weight.names()}
-        unread = [name for name in self.base.names if name not in used]
+        unread = [name for name in self.base.names if name not in used and name != ROPE_FACTORS]
         if unread:
             shown = ", ".join(unread[:4]) + (", ..." if len(unread) > 4 else "")
             self.notes.append(f"{len(unread)} tensors of the file belong to no parameter: {shown}")
@@ -305,7 +305,8 @@ class ModuleModel(LoadedModel):
 
 
 def load(model: str | Path | nn.Module, dtype: torch.dtype | None = None, cache: Path | None = None) -> LoadedModel:
-    """Open a model: the path of a GGUF file, a Hugging Face folder, or a module in memory. No weight is read.
+    """Open a model: the path of a GGUF file, of one that `effc quantize` wrote or of a Hugging Face folder, or a module
+    in memory. No weight is read.
 
     dtype: of the weights; None for fp32, for bf16 where a folder says so, for a module's own. cache: the folder that
     keeps converted configs and tokenizers; None converts anew. Raises ModelError, in one line, for what cannot be

@@ -44,7 +44,8 @@ class MatrixEntry:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> MatrixEntry:
-        return cls(find(entry["format"]), tuple(entry["shape"]), entry["transposed"])
+        n, k = entry["shape"]
+        return cls(find(entry["format"]), (int(n), int(k)), bool(entry["transposed"]))
 
 
 def described(format: Format) -> dict[str, Any]:
@@ -106,12 +107,13 @@ class QuantizedSource:
         try:
             formats = json.loads(metadata["formats"])
             matrices = {name: MatrixEntry.from_dict(row) for name, row in json.loads(metadata["matrices"]).items()}
-        except (KeyError, TypeError, ValueError, InputError) as error:
+            promised = {name: entry.format.part_shapes(*entry.shape) for name, entry in matrices.items()}
+        except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
             raise ModelError(f"{self.path}: its metadata does not fit this version: {one_line(error)}") from error
         for name, entry in matrices.items():
             if formats.get(entry.format.name) != described(entry.format):
                 raise ModelError(f"{self.path}: this version means something else by the format {entry.format.name}")
-            for part, (shape, dtype) in entry.format.part_shapes(*entry.shape).items():
+            for part, (shape, dtype) in promised[name].items():
                 stored = f"{name}.{part}"
                 found = (self.shape(stored), self.dtype(stored)) if stored in self._names else None
                 if found != (shape, dtype):

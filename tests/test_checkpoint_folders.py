@@ -24,6 +24,8 @@ from . import quantized_checkpoints as published
 from .quantized_checkpoints import Linear, packed_config
 from .test_load import logits, random_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -16,6 +16,8 @@ from torch import Tensor
 from . import quantized_checkpoints as published
 from .quantized_checkpoints import Linear, packed_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, K = 24, 256
 NAME = "model.layers.0.mlp.up_proj"
 

@@ -16,6 +16,8 @@ from effc.compiler.formats import FORMATS, Format, find
 from effc.compiler.gguf_blocks import BLOCKS, format_of, read_part, split
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = {name for name in FORMATS if not name.startswith("int")} | {
     "int8", "int8a", "int8_g64", "int8z_g64", "int4", "int4_g32", "int4_g128", "int4a_g32", "int4z_g128", "int3_g64",
     "int3a_g64", "int2_g64",

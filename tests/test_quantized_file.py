@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
 import struct
 from pathlib import Path
@@ -17,7 +19,7 @@ from effc.cli import load_script
 from effc.compiler.errors import CacheError, InputError, ModelError
 from effc.compiler.formats import FORMATS
 from effc.compiler.load import load
-from effc.compiler.quantized_file import metadata_of
+from effc.compiler.quantized_file import MatrixEntry, QuantizedSource, metadata_of
 from effc.compiler.quantized_weights import stored_parts
 from effc.compiler.safetensors_file import Written, write_safetensors
 from effc.quantize_model import quantize_model
@@ -27,8 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .test_checkpoint_folders import CHECKPOINTS, quantized_folder
+from .test_gguf_file import FAMILIES, write_gguf
 from .test_load import GPT2, SIZES, logits, random_model
 from .tiny_tokenizers import save_chat
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 READER = Path(effc.__file__).parent / "examples" / "read_quantized.py"
 LINEARS = "_proj.weight"
@@ -140,6 +145,19 @@ def test_linears_that_keep_their_weight_transposed(tmp_path: Path):
     torch.testing.assert_close(logits(loaded.module()), logits(model), rtol=0.05, atol=0.05)
 
 
+def test_factors_of_rope_are_kept(tmp_path: Path):
+    family, factors = FAMILIES[0], torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0, 4.0, 8.0, 8.0])
+    path = write_gguf(tmp_path / "tiny.gguf", random_model(family.config()), family, rope_freqs__weight=factors)
+    source = load(path, cache=tmp_path)
+    loaded = load(quantize_model(source, "int8", tmp_path / "q.safetensors").path)
+    inverse = [model.skeleton.model.rotary_emb.inv_freq for model in (source, loaded)]
+    assert torch.equal(*inverse)
+    assert not [*source.notes, *loaded.notes]
+    torch.testing.assert_close(logits(loaded.module()), logits(source.module()), rtol=0.05, atol=0.05)
+    codec = [TextCodec(model.tokenizer_folder) for model in (source, loaded)]
+    assert codec[0].eos_ids == codec[1].eos_ids
+
+
 def test_what_is_in_the_format_already_is_copied(tmp_path: Path):
     pack, config, options, format = CHECKPOINTS["packed"]
     expected = quantized_folder(tmp_path / "model", pack, config, **options)
@@ -197,8 +215,6 @@ def small(tmp_path: Path) -> Path:
 def write_small(path: Path, **changes: str) -> Path:
     format = FORMATS["int4_g32"]
     parts = dict(zip(format.part_names, format.quantize(torch.randn(4, 64))))
-    from effc.compiler.quantized_file import MatrixEntry
-
     config = json.dumps(transformers.LlamaConfig(**SIZES).to_dict()).encode()
     tensors = {f"w.{name}": part for name, part in parts.items()}
     tensors["files/config.json"] = torch.frombuffer(bytearray(config), dtype=torch.uint8)
@@ -246,6 +262,8 @@ def test_a_writer_that_dies_leaves_nothing_that_loads(tmp_path: Path, small: Pat
     [
         ({"effc": "2"}, r"expected a file that effc quantize wrote \(metadata effc = 1\), found version 2"),
         ({"matrices": "{"}, "its metadata does not fit this version"),
+        ({"matrices": "[]"}, "its metadata does not fit this version"),
+        ({"matrices": '{"w": {"format": "int4_g32", "shape": [4], "transposed": 0}}'}, "its metadata does not fit"),
         ({"formats": "{}"}, "this version means something else by the format int4_g32"),
         (
             {"matrices": '{"w": {"format": "int9", "shape": [4, 64], "transposed": false}}'},
@@ -261,6 +279,22 @@ def test_metadata_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, 
     with pytest.raises(ModelError, match=said) as error:
         load(write_small(tmp_path / "x.safetensors", **changes))
     assert "\n" not in str(error.value)
+
+
+def test_flipped_bits_of_the_header_load_or_are_named(small: Path):
+    """Never another exception, whatever a bit does to the JSON."""
+    print("seed 0")
+    choose = random.Random(0)
+    whole = small.read_bytes()
+    (header,) = struct.unpack("<Q", whole[:8])
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[choose.randrange(8 + header)] ^= 1 << choose.randrange(8)
+        small.write_bytes(damaged)
+        with contextlib.suppress(ModelError):
+            opened = QuantizedSource(small)
+            for name in opened.matrices:
+                opened.stored(name)
 
 
 def test_files_of_others_are_refused(tmp_path: Path):
