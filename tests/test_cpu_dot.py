@@ -53,11 +53,14 @@ def operand(pointer: str, tile: tuple[int, int], layout: str, dtype: str) -> Ope
     return Operand(pointer, row, column, *(("fp32", "bf16") if dtype == WIDENED else (dtype,)))
 
 
-def function(name: str, shape: tuple[int, int, int], dtypes: tuple[str, str], layouts: tuple[str, str], lanes: int):
+def function(
+    name: str, shape: tuple[int, int, int], dtypes: tuple[str, str], layouts: tuple[str, str], lanes: int, fresh: bool
+):
     """C++ of `name(a, b, acc, rows, cols, depth)` around one dot."""
     bm, bn, bk = shape
     a, b = map(operand, "ab", [(bm, bk), (bk, bn)], layouts, dtypes)
-    dot = emit_dot(a, b, "acc", shape, lanes=lanes, rows="rows", cols="cols", depth="depth", indent="  ")
+    limits = {"rows": "rows", "cols": "cols", "depth": "depth"}
+    dot = emit_dot(a, b, "acc", shape, lanes=lanes, **limits, fresh=fresh, indent="  ")
     a_type, b_type = (C_TYPES[dtype] for dtype in dtypes)
     acc_type = "int32_t" if dtypes[0] == "i8" else "float"
     arguments = f"const {a_type} *a, const {b_type} *b, {acc_type} *acc, int rows, int cols, int depth"
@@ -66,18 +69,20 @@ def function(name: str, shape: tuple[int, int, int], dtypes: tuple[str, str], la
 
 @pytest.fixture(scope="module", params=available_isas())
 def library(request, tmp_path_factory):
-    """Every case of the sweep compiled into one library: (lanes, {case: C function})."""
+    """Every case of the sweep compiled into one library: (lanes, {case: C function}, and of fresh sums)."""
     target = host_target(request.param)
     tiles = [(shape, dtypes) for dtypes, shapes in SHAPES.items() for shape in shapes]
     cases = [(*tile, (x, y)) for tile in tiles for x in LAYOUTS for y in LAYOUTS]
     # Rows of b that collide in the cache.
     cases += [(shapes[0], dtypes, ("row", "pages")) for dtypes, shapes in SHAPES.items()]
+    fresh = [(*tile, ("row", y)) for tile in tiles for y in LAYOUTS]
     body = ["#include <cstdint>"]
-    for n, case in enumerate(cases):
-        dot, text = function(f"dot_{n}", *case, target.lanes)
+    for n, case in enumerate([*cases, *fresh]):
+        dot, text = function(f"dot_{n}", *case, target.lanes, n >= len(cases))
         assert isinstance(dot, DotCode)
         body += [*(dot.helpers if n == 0 else ()), text]
-    return target.lanes, dict(zip(cases, build("\n".join(body), target, tmp_path_factory.mktemp("dot"), len(cases))))
+    built = build("\n".join(body), target, tmp_path_factory.mktemp("dot"), len(cases) + len(fresh))
+    return target.lanes, dict(zip(cases, built)), dict(zip(fresh, built[len(cases) :]))
 
 
 def build(source: str, target: CpuTarget, folder: Path, functions: int) -> list:
@@ -106,7 +111,7 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
     return out
 
 
-def check(call, shape, dtypes, layouts, limits, rng) -> None:
+def check(call, shape, dtypes, layouts, limits, rng, fresh: bool = False) -> None:
     bm, bn, bk = shape
     rows, cols, depth = (max(0, min(limit, size)) for limit, size in zip(limits, shape))
     is_int = dtypes[0] == "i8"
@@ -117,6 +122,8 @@ def check(call, shape, dtypes, layouts, limits, rng) -> None:
     poisoned_a[:rows, :depth], poisoned_b[:depth, :cols] = a[:rows, :depth], b[:depth, :cols]
     start = rng.integers(-9, 9, (bm, bn)).astype(np.int32 if is_int else np.float32)
     acc = aligned_copy(start)
+    if fresh:
+        start[:], acc[:] = 0, poison
 
     flats = [place(x, layout, poison, d) for x, layout, d in zip((poisoned_a, poisoned_b), layouts, dtypes)]
     call(*(ctypes.c_void_p(x.ctypes.data) for x in (*flats, acc)), *limits)
@@ -135,12 +142,13 @@ def test_a_dot_is_one_call_with_literal_sizes():
     a, b = Operand("x + m * K", "K", "1", "fp32"), Operand("w + n", "1", "K", "bf16")
     dot = emit_dot(a, b, "acc", (16, 64, 32), lanes=8, rows="M - m", indent="  ")
     left, right = "(const float *)(x + m * K), K, 1", "(const dot::bfloat16 *)(w + n), 1, K"
-    assert dot.body == [f"  dot::accumulate<8, 16, 64, 32, float>({left}, {right}, acc, M - m, 64, 32);"]
+    assert dot.body == [f"  dot::accumulate<8, 16, 64, 32, float, false>({left}, {right}, acc, M - m, 64, 32);"]
 
 
 def test_operands_of_bf16_values_are_multiplied_as_such():
     a, b = Operand("p", "64", "1", "fp32", "bf16"), Operand("v", "64", "1", "bf16")
-    assert "<16, 64, 64, 64, dot::bfloat16>((const float *)(p)" in emit_dot(a, b, "acc", (64, 64, 64), lanes=16).body[0]
+    (line,) = emit_dot(a, b, "acc", (64, 64, 64), lanes=16).body
+    assert "<16, 64, 64, 64, dot::bfloat16, false>((const float *)(p)" in line
 
 
 def test_whole_tiles_match_float64(library):
@@ -166,6 +174,15 @@ def test_limits_outside_the_tile_are_clamped(library):
         check(call, shape, dtypes, layouts, (10**6, 10**6, 10**6), rng)
         for limits in ((0, *shape[1:]), (shape[0], 0, shape[2]), (*shape[:2], 0), (-1, -1, -1)):
             check(call, shape, dtypes, layouts, limits, rng)
+
+
+def test_a_fresh_sum_is_the_product_whatever_was_there(library):
+    rng = np.random.default_rng(2)
+    for (shape, dtypes, layouts), call in library[2].items():
+        ragged = [tuple(int(rng.integers(1, size + 1)) for size in shape) for _ in range(4)]
+        nothing = [(0, *shape[1:]), (shape[0], 0, shape[2]), (*shape[:2], 0), (-1, -1, -1)]
+        for limits in (shape, (10**6, 10**6, 10**6), *ragged, *nothing):
+            check(call, shape, dtypes, layouts, limits, rng, fresh=True)
 
 
 def test_infinity_and_nan_stay_in_their_row_and_column(library):

@@ -145,7 +145,7 @@ def decode(length: int, dtype: torch.dtype, goal: float, heads: int = 9, groups:
     )
 
 
-def prefill_call(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int = 64, keys: int = 64) -> Call:
+def prefill_call(q: Tensor, k: Tensor, v: Tensor, out: Tensor, rows: int = 64, keys: int = 128) -> Call:
     """All [heads, S, D]."""
     heads, length, _ = q.shape
     grid = (triton.cdiv(length, rows), heads)

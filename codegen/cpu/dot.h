@@ -159,6 +159,17 @@ struct AddTo {
   }
 };
 
+// The sums are c, whose old value does not count.
+template <typename Sum, int Lanes>
+struct StoreTo {
+  Sum *c;
+  int64_t c_row;
+
+  auto columns(int64_t j) const {
+    return [to = c + j, row = c_row](int64_t i, Vec<Sum, Lanes> sum) { store<Sum, Lanes>(to + i * row, sum); };
+  }
+};
+
 // a[Count][words] * b[words][Vecs * Lanes], handed to `finish` as rows from i_0 and columns from j_0.
 template <typename P, int Lanes, int Count, int Vecs, typename B, typename F>
 static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, int64_t words, F finish, int64_t i_0, int64_t j_0) {
@@ -194,16 +205,18 @@ static __attribute__((noinline)) void multiply_tile(Rows<P> a, B b, int64_t word
 template <int Lanes>
 constexpr int max_rows = Lanes >= 16 ? 8 : 6;
 
-// a[rows][words] * b[words][BN] for rows up to Count, handed to `finish` as rows from i_0.
+// a[rows][words] * b[words][BN] for rows up to Count, handed to `finish` as rows from i_0; of the columns, those of the
+// register tiles that have one of the first `columns`.
 template <typename P, int Lanes, int BN, int Count, typename B, typename F>
-static inline void multiply_rows(int64_t rows, Rows<P> a, B b, int64_t words, F finish, int64_t i_0) {
+static inline void multiply_rows(int64_t rows, Rows<P> a, B b, int64_t words, F finish, int64_t i_0,
+                                 int64_t columns = BN) {
   if (rows == Count) {
     constexpr int wide = Count * 4 <= max_rows<Lanes> * 2 ? 4 : 2;
     constexpr int vecs = BN / Lanes < wide ? BN / Lanes : wide;
-    for (int j = 0; j < BN; j += vecs * Lanes)
+    for (int64_t j = 0; j < columns; j += vecs * Lanes)
       multiply_tile<P, Lanes, Count, vecs>(a, b.after(j), words, finish, i_0, j);
   } else if constexpr (Count > 1) {
-    multiply_rows<P, Lanes, BN, Count - 1>(rows, a, b, words, finish, i_0);
+    multiply_rows<P, Lanes, BN, Count - 1>(rows, a, b, words, finish, i_0, columns);
   }
 }
 
@@ -290,8 +303,9 @@ static __attribute__((noinline)) bool has_subnormals(Operand<S> o) {
   return least_of_rest < largest;
 }
 
-// acc[BM][BN] += a * b in words of P.
-template <typename P, int Lanes, int BM, int BN, int BK, typename A, typename B>
+// acc[BM][BN] += a * b in words of P. Where acc is Fresh, it holds no number yet, or zeros where it has more columns than b
+// or dot products along k are added to it.
+template <typename P, int Lanes, int BM, int BN, int BK, bool Fresh, typename A, typename B>
 static __attribute__((noinline)) void multiply(Operand<A> a, Operand<B> b, typename P::Sum *acc) {
   constexpr int block = BM < max_rows<Lanes> ? BM : max_rows<Lanes>;
   constexpr int max_words = (BK + P::group - 1) / P::group;
@@ -317,19 +331,19 @@ static __attribute__((noinline)) void multiply(Operand<A> a, Operand<B> b, typen
     else
       pack_rows<P, word_lanes>(part, a_panel, max_words);
     if constexpr (P::right_offset != 0) find_excess<P, Lanes>(rows, part.count, words, excess);
-    const AddTo<typename P::Sum, Lanes> finish = {acc, BN};
+    const std::conditional_t<Fresh, StoreTo<typename P::Sum, Lanes>, AddTo<typename P::Sum, Lanes>> finish = {acc, BN};
     if (along_k)
       for (int64_t r = 0; r < part.count; ++r) multiply_row<P, Lanes>(rows.after(r), b, acc + (i + r) * BN);
     else if (in_place)
       multiply_rows<P, Lanes, BN, block>(part.count, rows, InPlace<P, B>{b.from, b.k_stride}, words, finish, i);
     else
-      multiply_rows<P, Lanes, BN, block>(part.count, rows, Panel<P>{b_panel, BN}, words, finish, i);
+      multiply_rows<P, Lanes, BN, block>(part.count, rows, Panel<P>{b_panel, BN}, words, finish, i, b.count);
   }
 }
 
 // acc[BM][BN] += a[BM][BK] * b[BK][BN], all of whose elements are exactly of type T; only the first rows, cols and depth
-// of BM, BN and BK are read.
-template <int Lanes, int BM, int BN, int BK, typename T, typename A, typename B, typename Sum>
+// of BM, BN and BK are read. Fresh: acc holds no number yet, and what is added to is zero.
+template <int Lanes, int BM, int BN, int BK, typename T, bool Fresh, typename A, typename B, typename Sum>
 static inline void accumulate(const A *a, int64_t a_row, int64_t a_col, const B *b, int64_t b_row, int64_t b_col,
                               Sum *acc, int64_t rows, int64_t cols, int64_t depth) {
   constexpr int lanes = BN < Lanes ? BN : Lanes;
@@ -337,13 +351,17 @@ static inline void accumulate(const A *a, int64_t a_row, int64_t a_col, const B 
   rows = rows < BM ? rows : BM;
   cols = cols < BN ? cols : BN;
   depth = depth < BK ? depth : BK;
+  if constexpr (Fresh) {
+    const bool all_stored = rows == BM && cols == BN && depth > 0 && BM > 4;
+    if (!all_stored) __builtin_memset(acc, 0, sizeof(Sum) * BM * BN);
+  }
   if (rows <= 0 || cols <= 0 || depth <= 0) return;
   Operand<A> left = {a, a_col, a_row, depth, rows};
   Operand<B> right = {b, b_row, b_col, depth, cols};
   if constexpr (!P::keeps_subnormals)
     if (has_subnormals<lanes>(left) || has_subnormals<lanes>(right))
-      return multiply<Floats, lanes, BM, BN, BK>(left, right, acc);
-  multiply<P, lanes, BM, BN, BK>(left, right, acc);
+      return multiply<Floats, lanes, BM, BN, BK, Fresh>(left, right, acc);
+  multiply<P, lanes, BM, BN, BK, Fresh>(left, right, acc);
 }
 }  // namespace dot
 #endif

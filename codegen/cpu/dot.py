@@ -66,9 +66,10 @@ def emit_dot(
     rows: str | None = None,
     cols: str | None = None,
     depth: str | None = None,
+    fresh: bool = False,
     indent: str = "",
 ) -> DotCode:
-    """Print acc += a @ b.
+    """Print acc += a @ b, or, if `fresh`, acc = a @ b.
 
     a: [BM, BK], b: [BK, BN]; both fp32, bf16 or fp16 (mixed is fine), or both i8.
     shape: (BM, BN, BK), powers of two.
@@ -76,8 +77,8 @@ def emit_dot(
     lanes: fp32 lanes of the target, 16, 8 or 4.
     rows, cols, depth: C integer expressions for how much of BM, BN and BK is there. Elements at or past them are never
     read and count as zeros, as with `tl.load(..., mask, other=0.0)`: acc's rows past `rows` are left alone, acc's
-    columns past `cols` are left alone or get a * 0 added (NaN where a is not finite). None means all. Values above
-    the tile's size or below 0 are clamped.
+    columns past `cols` are left alone or get a * 0 added (NaN where a is not finite). Both are zeros in a
+    fresh acc. None means all. Values above the tile's size or below 0 are clamped.
 
     Products of bf16 and fp16 are exact, sums are fp32; those of i8 are exact modulo 2^32. The order of summation is not
     specified. With AVX512_BF16, products and sums of bf16 below 2^-126 become zeros; subnormal operands count.
@@ -87,7 +88,7 @@ def emit_dot(
     values = TYPES[common.pop() if len(common) == 1 else "fp32"]
     left, right = (f"(const {TYPES[x.dtype]} *)({x.pointer}), {x.row_stride}, {x.col_stride}" for x in (a, b))
     limits = ", ".join(str(size) if given is None else given for size, given in zip(shape, (rows, cols, depth)))
-    call = f"dot::accumulate<{lanes}, {bm}, {bn}, {bk}, {values}>"
+    call = f"dot::accumulate<{lanes}, {bm}, {bn}, {bk}, {values}, {'true' if fresh else 'false'}>"
     return DotCode((HELPERS,), [f"{indent}{call}({left}, {right}, {acc}, {limits});"])
 
 

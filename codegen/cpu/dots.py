@@ -28,7 +28,8 @@ class DotPrinter:
         if of_words and self.puts_off(op):
             return
         target = self.dot_target(op, c) or self.kernel.array(op.result.type, op.result.name + "_a")
-        if self.kernel.storage.get(c) is not target:
+        fresh = is_zero(c) and not of_words
+        if self.kernel.storage.get(c) is not target and not fresh:
             self.assign(target, c)
         left, limits = self.dot_operand(a, (0, 2))
         if of_words:
@@ -44,7 +45,15 @@ class DotPrinter:
         size = {0: m, 1: n, 2: k}
         rows, cols, depth = (clipped(ends[dim], size[dim]) for dim in (0, 1, 2))
         code = emit_dot(
-            left, right, target.array, (m, n, k), lanes=self.kernel.lanes, rows=rows, cols=cols, depth=depth
+            left,
+            right,
+            target.array,
+            (m, n, k),
+            lanes=self.kernel.lanes,
+            rows=rows,
+            cols=cols,
+            depth=depth,
+            fresh=fresh,
         )
         self.add_dot(op, code, target)
 
@@ -163,15 +172,15 @@ class DotPrinter:
                     limits.setdefault(2, []).append(f"({self.kernel.text(part.leaf)} ? {load.result.type.numel} : 0)")
                 else:
                     limits.setdefault(part.dim, []).append(part.end)
-            if len(load.operands) > 2:
-                other = load.operands[2].op
-                while other is not None and other.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
-                    other = other.operands[0].op
-                if (
-                    other is None
-                    or other.name != "arith.constant"
-                    or parse_literal(other.attrs["value"], load.result.type.element) != 0
-                ):
-                    return None
+            if len(load.operands) > 2 and not is_zero(load.operands[2]):
+                return None
         strides = [str(form.coefficient(dim)) for dim in dims]
         return Operand(form.base(), strides[0], strides[1], dtype), limits
+
+
+def is_zero(value: Value) -> bool:
+    """Whether a value is the constant 0, or a tensor of it."""
+    while value.op is not None and value.op.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+        value = value.op.operands[0]
+    constant = value.op is not None and value.op.name == "arith.constant"
+    return constant and parse_literal(value.op.attrs["value"], value.type.element) == 0
