@@ -9,10 +9,10 @@ A `Map` says for each dimension of a value which dimension of the tile indexes i
 from dataclasses import dataclass
 
 from .c_types import parse_literal
+from .cells import LARGE
 from .ir import Value
 
 Map = tuple[int | None, ...]
-LARGE = 1 << 30
 
 
 @dataclass(frozen=True)

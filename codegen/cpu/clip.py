@@ -151,7 +151,7 @@ class Clipper:
         return self.tails[op]
 
     def find_tail(self, op: Op) -> Conjunct | None:
-        single, identity = self.combiner(op.blocks[0]), self.identity(op)
+        single, identity = self.combining_op(op.blocks[0]), self.identity(op)
         value, axis = op.operands[0], op.attrs["axis"]
         if len(op.operands) > 1 or identity is None or axis != len(value.type.shape) - 1 or value.type.shape[axis] < 2:
             return None

@@ -1,12 +1,13 @@
 """Print a kernel: scalars and control flow as they stand, tensors through the nests of `roots`."""
 
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...compiler.errors import TooLargeKernel
 from .c_types import BYTES, SCALAR, scalar_type
-from .cells import Cell, Stored, constant_cell, constant_zero, row_major
+from .cells import LARGE, Cell, Stored, constant_cell, constant_zero, row_major
 from .check import EXTENTS
 from .ir import Block, Function, Op, Type, Value, unsupported
 from .memory import from_memory, to_memory
@@ -17,12 +18,18 @@ from .spelling import is_elementwise, spell
 PROGRAM = ("pid_x", "pid_y", "pid_z")
 GRID = ("num_x", "num_y", "num_z")
 AXES = {"x": 0, "y": 1, "z": 2}
-LARGE = 1 << 30
 REGISTERS = {16: 32, 8: 16, 4: 16}  # of vectors, by their lanes
 IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "ub.poison"))
-IGNORED |= {"tt.map_elementwise.return", "tt.reduce.return", "tt.scan.return"}
+IGNORED |= {"scf.yield", "scf.condition", "tt.map_elementwise.return", "tt.reduce.return", "tt.scan.return"}
 CONTROL = {"scf.for": "print_for", "scf.if": "print_if", "scf.while": "print_while"}
 CONTROL |= {"scf.execute_region": "print_region"}
+# Of an integer that is computed from others: a power of two that divides it, from those that divide them; and what is
+# not negative where they are not.
+DIVISORS = dict.fromkeys(("arith.addi", "arith.subi", "arith.minsi", "arith.maxsi"), min)
+DIVISORS |= {"arith.muli": operator.mul, "arith.extsi": lambda x: x, "arith.select": lambda _, x, y: min(x, y)}
+NOT_NEGATIVE = frozenset(
+    ("arith.muli", "arith.addi", "arith.divsi", "arith.remsi", "arith.minsi", "arith.maxsi", "arith.extsi")
+)
 STACK_LIMIT = 256 << 10  # bytes of arrays on the stack: on some systems threads have 512 KiB
 SCRATCH_LIMIT = 64 << 20  # bytes of arrays of one program, wherever they lie
 
@@ -137,7 +144,7 @@ class KernelPrinter:
             self.op(op)
 
     def op(self, op: Op) -> None:
-        if op.name in IGNORED or op.name in ("scf.yield", "scf.condition"):
+        if op.name in IGNORED:
             return
         if op.name in CONTROL:
             self.comment(op)
@@ -189,7 +196,6 @@ class KernelPrinter:
             text = from_memory(element, f"*{pointer}", 1)
             if rest:
                 text = f"{rest[0]} ? {text} : {rest[1] if len(rest) > 1 else SCALAR[element] + '()'}"
-            self.comment(op)
             self.let(op.result, text)
             return
         if name == "tt.unsplat":
@@ -206,18 +212,10 @@ class KernelPrinter:
     def scalar_facts(self, op: Op) -> None:
         """Powers of two that divide integers, and which are not negative."""
         cells = [self.scalar_cell(operand) for operand in op.operands]
-        divisors = [cell.divisor for cell in cells]
-        divisor = {"arith.muli": lambda: divisors[0] * divisors[1], "arith.addi": lambda: min(divisors)}
-        divisor |= {
-            "arith.subi": lambda: min(divisors),
-            "arith.extsi": lambda: divisors[0],
-            "arith.minsi": lambda: min(divisors),
-        }
-        divisor |= {"arith.maxsi": lambda: min(divisors), "arith.select": lambda: min(divisors[1:])}
-        if op.name in divisor:
-            self.analysis.divisors[op.result] = min(divisor[op.name](), LARGE)
-        kept = ("arith.muli", "arith.addi", "arith.divsi", "arith.remsi", "arith.minsi", "arith.maxsi", "arith.extsi")
-        if op.name in kept and all(cell.nonnegative for cell in cells):
+        if op.name in DIVISORS:
+            divisor = DIVISORS[op.name](*(cell.divisor for cell in cells))
+            self.analysis.divisors[op.result] = min(divisor, LARGE)
+        if op.name in NOT_NEGATIVE and all(cell.nonnegative for cell in cells):
             self.nonnegative.add(op.result)
 
     def scalar_store(self, op: Op) -> None:

@@ -90,7 +90,6 @@ class Function:
     name: str
     args: list[Value]
     body: Block
-    text: str
     divisors: dict[Value, int] = field(default_factory=dict)
 
     def number(self) -> None:

@@ -78,7 +78,6 @@ def parse_module(text: str) -> Function:
 
 class Parser:
     def __init__(self, text: str):
-        self.text = text
         self.lines: list[str] = []
         self.locations: dict[str, str] = {}
         self.known_places: dict[str, tuple[tuple[str, int], ...]] = {}
@@ -150,7 +149,7 @@ class Parser:
             else:
                 self.at += 1
         kernel = next(iter(functions.values()))
-        function = Function(c_name(kernel.name), kernel.args, inlined(functions, kernel), self.text, self.divisors)
+        function = Function(c_name(kernel.name), kernel.args, inlined(functions, kernel), self.divisors)
         normalize(function)
         function.number()
         return function

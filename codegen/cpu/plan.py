@@ -12,26 +12,12 @@ from .ir import Block, Function, Op, Value
 from .spelling import cost, is_elementwise
 
 VIEWS = frozenset(("tt.expand_dims", "tt.broadcast", "tt.trans", "tt.splat", "ttg.convert_layout"))
-STORED_RESULTS = frozenset(
-    [
-        "tt.reduce",
-        "tt.scan",
-        "tt.dot",
-        "tt.atomic_rmw",
-        "tt.atomic_cas",
-        "tt.atomic_load",
-        "tt.gather",
-        "tt.join",
-        "tt.split",
-        "tt.cat",
-        "tt.histogram",
-        "scf.for",
-        "scf.if",
-        "scf.while",
-        "scf.execute_region",
-        "tt.map_elementwise",
-    ]
-)
+STORED_RESULTS = frozenset((
+    "tt.reduce", "tt.scan", "tt.dot", "tt.gather", "tt.join", "tt.split", "tt.cat", "tt.histogram",
+    "tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.map_elementwise",
+    "scf.for", "scf.if", "scf.while", "scf.execute_region",
+))  # fmt: skip
+LAZY = VIEWS | {"tt.load", "tt.make_range", "arith.constant", "ub.poison"}
 ATOMICS = frozenset(("tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_store"))
 WRITES = ATOMICS | {"tt.store", "ttg.barrier", "tt.print"}  # what no load may move past
 ACCESSES = ATOMICS | {"tt.load", "tt.store"}
@@ -45,9 +31,7 @@ def is_lazy(op: Op) -> bool:
         return False
     if op.name == "tt.reshape":
         return is_trivial_reshape(op.operands[0].type.shape, op.result.type.shape)
-    return (
-        op.name in VIEWS or op.name in ("tt.load", "tt.make_range", "arith.constant", "ub.poison") or is_elementwise(op)
-    )
+    return op.name in LAZY or is_elementwise(op)
 
 
 class Plan:

@@ -63,7 +63,7 @@ class ProductPrinter:
     def sum_of_products(self, op: Op) -> bool:
         """Print a reduction as such a sum; False if it is none."""
         shape, axis = op.operands[0].type.shape, op.attrs["axis"]
-        single = self.combiner(op.blocks[0]) if len(op.operands) == 1 else None
+        single = self.combining_op(op.blocks[0]) if len(op.operands) == 1 else None
         if single is None or single.name != "arith.addi" or single.result.type.element != "i32":
             return False
         others = [d for d in range(len(shape)) if d != axis]

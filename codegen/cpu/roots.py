@@ -11,6 +11,7 @@ from .cells import Stored, row_major
 from .check import CheckPrinter
 from .clip import Clipper
 from .collapse import Collapser
+from .combine import Combiner
 from .dots import DotPrinter
 from .elementwise import MapPrinter
 from .evaluate import Evaluator
@@ -21,6 +22,7 @@ from .plan import is_lazy
 from .products import ProductPrinter
 from .reduce import ReducePrinter
 from .report import ReportPrinter
+from .scan import ScanPrinter
 from .shapes import ShapePrinter
 from .stores import StorePrinter
 from .versions import Versioner
@@ -30,7 +32,9 @@ class RootPrinter(
     StorePrinter,
     ShapePrinter,
     AtomicPrinter,
+    Combiner,
     ReducePrinter,
+    ScanPrinter,
     ProductPrinter,
     DotPrinter,
     FinishPrinter,
@@ -226,7 +230,7 @@ class RootPrinter(
         "tt.atomic_load": AtomicPrinter.atomic,
         "tt.atomic_store": AtomicPrinter.atomic,
         "tt.reduce": ReducePrinter.reduce,
-        "tt.scan": ReducePrinter.scan,
+        "tt.scan": ScanPrinter.scan,
         "tt.dot": DotPrinter.dot,
         "tt.map_elementwise": MapPrinter.map_elementwise,
         "tt.print": ReportPrinter.device_print,
