@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 
 import pytest
 import torch
 from effc import passes
-from effc.compiler.errors import InputError
+from effc.compiler.errors import InputError, ModelError
 from effc.compiler.formats import find
 from effc.compiler.graph import Graph
 from effc.compiler.interpret import run
@@ -25,6 +26,7 @@ from effc.passes.calibrate import (
     token_rows,
 )
 from effc.passes.calibrate.layers import Walk
+from effc.passes.calibrate.parameters import Parameters, parameters
 from effc.passes.calibrate.report import report
 from effc.passes.calibrate.sensitivity import choose_formats, sensitivities
 from effc.passes.calibrate.text import without_repeats
@@ -42,6 +44,12 @@ def llama() -> tuple[nn.Module, Graph]:
     """Two layers and a tied head; copy the graph before changing it."""
     model = tiny_model("Llama", tie_word_embeddings=True)
     return model, passes.run(trace(model), verify=False)[0]
+
+
+@cache
+def untied() -> nn.Module:
+    """One layer."""
+    return tiny_model("Llama", num_hidden_layers=1)
 
 
 def texts(rows: int = 6, length: int = 24, seed: int = SEED) -> list[dict[str, Tensor]]:
@@ -217,3 +225,39 @@ def test_the_report_has_a_row_for_each_matrix_and_a_total():
     assert made.nbytes == 4 * VOCABULARY * 32 + sum(part.nbytes for part in kept)
     assert "perplexity" in made.summary
     assert made.to_dict()["quality"]["after"]["kl"] == after.kl
+
+
+# --- back to parameters ----------------------------------------------------------------------------------------
+
+
+def with_parameters(model: nn.Module, found: Parameters) -> nn.Module:
+    changed = copy.deepcopy(model)
+    state = changed.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in found.values.items():
+            state[name].copy_(value)
+        for name, matrix in found.matrices.items():
+            values = matrix.values(torch.float32)
+            state[name].copy_(values.t() if name in found.transposed else values)
+    return changed
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rotate+gptq"])
+def test_the_calibrated_model_is_one_of_parameters(method):
+    model = untied()
+    graph, source = passes.run(trace(model), verify=False)[0], ModuleSource(model)
+    calibrated = calibrate(graph, source, texts(), everywhere(find("int4_g32")), method)
+    found = parameters(graph, calibrated, source)
+    assert len(found.matrices) == 7 + 1
+    assert (len(found.values) > 0) == (method != "gptq")
+    eager = with_parameters(model, found)
+    for text in texts(rows=2):
+        (logits,) = Walk(calibrated.graph, source, [text], calibrated.assignments).outputs()
+        torch.testing.assert_close(eager(**text, use_cache=False).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_parameter_that_became_two_is_told():
+    model, graph = llama()
+    calibrated = calibrate(graph, ModuleSource(model), texts(), everywhere(find("int4_g32")), "rotate")
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight became two weights"):
+        parameters(graph, calibrated, ModuleSource(model))
