@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .checkpoint import Matrix, Tensors
 from .checkpoint_layouts import awq, gptq
+from .column_order import columns_back
 from .compressed_tensors import compressed_tensors
 from .errors import ModelError
 from .quantized_weights import Dequantize
-from .weights import Call, Constant, Shape, TensorSource, Weight, read
+from .weights import Shape, TensorSource, Weight, read
 
 METHODS: dict[str, Callable[[Tensors, Mapping[str, Any]], Iterator[Matrix]]] = {
     "awq": awq,
@@ -63,10 +64,7 @@ class CheckpointSource:
             return read(self, name) if name in self._others else None
         parts = tuple(read(self, f"{name}.{part}") for part in matrix.format.part_names)
         values = Dequantize(parts, matrix.format.name, matrix.shape, torch.float32)
-        if matrix.order is None:
-            return values
-        places = Constant.of(torch.argsort(matrix.order))
-        return Call("aten.index_select.default", (values, 1, places), matrix.shape, torch.float32)
+        return values if matrix.order is None else columns_back(values, matrix.order)
 
 
 def of_method(base: Tensors, config: Mapping[str, Any], where: object) -> TensorSource:

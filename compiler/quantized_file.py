@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from .errors import InputError, ModelError, one_line
@@ -84,6 +83,8 @@ class QuantizedSource:
     """The tensors of such a file, mapped into memory. Raises ModelError where it is damaged or another kind of file."""
 
     def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
         self.path = path
         try:
             self._file = safe_open(path, framework="pt")

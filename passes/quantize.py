@@ -2,6 +2,7 @@
 
     linear(x, W)       -->  linear(fake_quantize(x, "int8_g32"), dequantize([codes, scales], "q4_0"))
     embedding(W, ids)  -->  embedding(dequantize([codes, scales], "q8_0"), ids)
+    linear(x, V[:, places])  -->  linear(x[..., order], dequantize([codes, scales], "int4_g128"))       (`column_order`)
 
 Runs last, on linears as they were merged. The kernels compute with the codes: `dequantize` is what they stand for, and
 `fake_quantize` what the rounded activations stand for, so that the rewritten graph says what is computed. Which format
@@ -15,6 +16,7 @@ from collections.abc import Container
 import torch
 from torch import fx
 
+from ..compiler.column_order import as_stored
 from ..compiler.errors import InputError
 from ..compiler.estimate import Estimate
 from ..compiler.formats import find
@@ -27,11 +29,12 @@ from ..compiler.vocabulary import nbytes, numel
 from ..compiler.weights import Weight
 
 aten = torch.ops.aten
+index_select = aten.index_select.default
 dequantize, fake_quantize = OPS["dequantize"].target, OPS["fake_quantize"].target
 LINEARS = frozenset({OPS["linear"].target, OPS["gated_linear"].target})
 
-Parts = tuple[str, tuple[Weight, ...]]
-"""A format, and the recipes of a matrix in it."""
+Parts = tuple[str, tuple[Weight, ...], Weight | None]
+"""A format, the recipes of a matrix in it, and the order of its columns there if it is another."""
 
 
 def quantize(graph: Graph, scheme: Scheme) -> PassResult:
@@ -43,13 +46,15 @@ def quantize(graph: Graph, scheme: Scheme) -> PassResult:
             continue
         try:
             check_readers(weight)
-            name, parts = choose(graph, weight, scheme)
+            name, parts, order = choose(graph, weight, scheme)
         except NotStored as reason:
             if scheme.weights is not None or not is_float(graph, weight):
                 result.misses.append(Miss.at(readers[0], "quantize", f"{weight.name}: {reason}", cost_of(weight)))
             continue
         replace_weight(graph, weight, name, parts)
         for reader in readers:
+            if order is not None:
+                reorder_input(graph, reader, order)
             if reader.target in LINEARS and scheme.activations is not None:
                 round_input(graph, reader, scheme.activations)
         result.matches += 1
@@ -79,13 +84,16 @@ def check_readers(weight: fx.Node) -> None:
 def choose(graph: Graph, weight: fx.Node, scheme: Scheme) -> Parts:
     """The format of a weight and its parts. Raises NotStored where it cannot be in the scheme's format."""
     if scheme.weights is None:
-        return stored_parts(graph.stored_as(weight))
+        stored, order = as_stored(graph.stored_as(weight))
+        if order is not None and not all(is_matrix_of(reader, weight) for reader in weight.users):
+            raise NotStored("its columns are stored in another order, and its rows are looked up")
+        return *stored_parts(stored), order
     name = scheme.head if is_head(weight) else scheme.weights
     try:
         find(name).check_columns(int(sizes(weight)[1]))
     except InputError as reason:
         raise NotStored(str(reason)) from None
-    return name, rounded_parts(graph.weights[weight.name], name)
+    return name, rounded_parts(graph.weights[weight.name], name), None
 
 
 def is_head(weight: fx.Node) -> bool:
@@ -101,6 +109,15 @@ def replace_weight(graph: Graph, weight: fx.Node, name: str, parts: tuple[Weight
     values = insert(graph, first, dequantize, placeholders, name, dtype_of(weight), origins=(weight,))
     weight.replace_all_uses_with(values)
     erase_unused(graph, weight)
+
+
+def reorder_input(graph: Graph, linear: fx.Node, recipe: Weight) -> None:
+    """Multiply with inputs in the order that columns are stored in; linears of one input share it."""
+    x, order = linear.args[0], add_weight(graph, "order", recipe)
+    ordered = next((user for user in x.users if user.target is index_select and user.args[2] is order), None)
+    if ordered is None:
+        ordered = insert(graph, first_of(graph, x.users), index_select, x, len(sizes(x)) - 1, order)
+    linear.update_arg(0, ordered)
 
 
 def round_input(graph: Graph, linear: fx.Node, name: str) -> None:

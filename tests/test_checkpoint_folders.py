@@ -94,7 +94,7 @@ def test_passes_see_the_blocks_through_merged_projections(tmp_path: Path):
     assert kept == ["int4_g32"] * 4
 
 
-def test_columns_in_act_order_are_put_back_and_no_blocks(tmp_path: Path):
+def test_columns_in_act_order_are_put_back(tmp_path: Path):
     expected = quantized_folder(tmp_path, published.gptq, GPTQ | {"desc_act": True}, **FOUR, act_order=True)
     loaded = load(tmp_path)
     torch.testing.assert_close(logits(loaded.module()), logits(expected), rtol=1e-5, atol=1e-5)
