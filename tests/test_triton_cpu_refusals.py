@@ -102,3 +102,24 @@ def test_checked_kernels_raise_at_the_line_that_leaves_a_tensor():
         with pytest.raises(OutOfBounds, match=r"triton_kernels\.py:\d+.*add_kernel"):
             add_kernel[(9,)](x, x, out, N + 1)
     add_kernel[(8,)](x, x, out, N)
+
+
+@triton.jit
+def totals_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.arange(0, BLOCK), tl.cumsum(x, 0))
+    tl.store(out_ptr + BLOCK, tl.sum(x, 0))
+
+
+def test_sums_of_integers_may_overflow_but_where_debugging_asks():
+    x, out = torch.full((16,), 1 << 27, dtype=torch.int32), torch.zeros(17, dtype=torch.int32)
+    want = x.cumsum(0).to(torch.int32)
+    for checked in (False, True):
+        with effc.triton_cpu.enable(checked=checked):
+            totals_kernel[(1,)](x, out.zero_(), BLOCK=16)
+            assert torch.equal(out[:16], want)
+            assert out[16] == want[-1]
+            with pytest.raises(KernelFailed, match="overflow"):
+                totals_kernel[(1,)](x, out, BLOCK=16, debug=True)
+    totals_kernel[(1,)](x // 2, out, BLOCK=16, debug=True)
+    assert torch.equal(out[:16], (x // 2).cumsum(0).to(torch.int32))

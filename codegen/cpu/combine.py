@@ -3,7 +3,7 @@
     ^bb0(%a, %b): tt.reduce.return (arith.addf %a, %b)     -->   total + x
     ^bb0(%a, %b): scf.if ... tt.reduce.return %r           -->   float x_next = x; { if (...) ...; x_next = r; }
 
-A region with branches or loops is printed as it stands, one element at a time.
+A region with branches, loops or assertions is printed as it stands, one element at a time.
 """
 
 from .c_types import lanes_type
@@ -66,7 +66,7 @@ class Combiner:
         self, evaluator: Evaluator, op: Op, left: list[Cell], right: list[Cell], first: str = "false"
     ) -> list[str]:
         """The combined values as expressions. first: C++ that holds where there is nothing on the left yet."""
-        if has_control_flow(op):
+        if needs_statements(op):
             return self.combined_by_statements(evaluator.nest, op, left, right, first)
         single = self.combining_op(op.blocks[0])
         width = evaluator.nest.width
@@ -77,7 +77,7 @@ class Combiner:
         return [evaluator.vector(cell, operand.type) for cell, operand in zip(results, op.operands, strict=True)]
 
     def combined_by_statements(self, nest: Nest, op: Op, left: list[Cell], right: list[Cell], first: str) -> list[str]:
-        """A region with branches or loops, printed as it stands: one element at a time. Returns what it yields."""
+        """The region printed as it stands, for one element at a time. Returns the names of what it yields."""
         kernel, block = self.kernel, op.blocks[0]
         names = [nest.fresh(f"{operand.name}_next") for operand in op.operands]
         for name, operand, cell in zip(names, op.operands, right, strict=True):
@@ -128,9 +128,9 @@ class Combiner:
         return {"0": "true"}.get(index.text, "false") if index.text.isdigit() else f"{index.text} == 0"
 
 
-def has_control_flow(op: Op) -> bool:
-    """Whether a reduction's or scan's region has branches or loops."""
-    return any(inner.blocks for inner in op.blocks[0].ops)
+def needs_statements(op: Op) -> bool:
+    """Whether a reduction's or scan's region has branches, loops or assertions."""
+    return any(inner.blocks or not inner.results for inner in op.blocks[0].ops[:-1])
 
 
 def accumulated(nest: Nest, names: list[str]) -> list[Cell]:

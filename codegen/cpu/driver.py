@@ -64,7 +64,8 @@ class CpuBackend(BaseBackend):
     def parse_options(self, options: dict) -> CpuOptions:
         known = {key: value for key, value in options.items() if key in vars(OPTIONS) or key in GPU_OPTIONS}
         parsed = CpuOptions(**{**vars(OPTIONS), "arch": self.cpu.name, **known})
-        parsed.sanitize_overflow = parsed.debug
+        if "sanitize_overflow" not in options:  # Triton parses what this returned once more
+            parsed.sanitize_overflow = parsed.debug
         parsed.debug = parsed.debug or self.cpu.checked
         if parsed.launch_cooperative_grid:
             raise UnsupportedKernel("launch_cooperative_grid is not supported on CPU: programs run one after another")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from .c_types import lanes_type, literal
 from .cells import Cell, Stored, closed
 from .clip import TAIL_ADDS
-from .combine import accumulated, has_control_flow
+from .combine import accumulated, needs_statements
 from .evaluate import Evaluator
 from .ir import Op, Value
 from .nest import Nest
@@ -32,7 +32,7 @@ class ReducePrinter:
         vector_dim, width = self.vector_dim(shape, op.operands)
         if tail is not None:
             vector_dim, width = axis, self.width(shape, axis, op.operands)
-        if has_control_flow(op):
+        if needs_statements(op):
             vector_dim, width = None, 1
         others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
         along = vector_dim is None or vector_dim == axis

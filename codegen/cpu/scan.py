@@ -7,7 +7,7 @@ Where lanes lie along the axis, each vector is scanned in itself first, in log2(
 
 from .c_types import lanes_type
 from .cells import Cell
-from .combine import accumulated, has_control_flow
+from .combine import accumulated, needs_statements
 from .evaluate import Evaluator
 from .ir import Op
 
@@ -24,7 +24,7 @@ class ScanPrinter:
             return
         vector_dim, width = self.vector_dim(shape, op.operands)
         along = vector_dim == axis
-        if has_control_flow(op) or (along and op.attrs["reverse"]):
+        if needs_statements(op) or (along and op.attrs["reverse"]):
             vector_dim, width, along = None, 1, False
         others = [d for d in range(len(shape)) if d not in (axis, vector_dim)]
         nest = self.nest(
