@@ -74,7 +74,9 @@ def gptq(source: Tensors, config: Mapping[str, Any]) -> Iterator[Matrix]:
 
 
 def gptq_matrix(source: Tensors, base: str, config: Mapping[str, Any], first_zero: int) -> Matrix:
-    """first_zero: the zero point that is kept as 0."""
+    """first_zero: the zero point that is kept as 0. What a symmetric checkpoint keeps says that itself: GPTQModel 5 has
+    written those of version 2 under the name of version 1 (vLLM's pull request 38966).
+    """
     words, zeros, scales, index = (f"{base}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
     bits, group = config["bits"], group_of(config.get("group_size", -1))
     (rows, n), symmetric = source.shape(words), bool(config.get("sym", False))
@@ -90,8 +92,9 @@ def gptq_matrix(source: Tensors, base: str, config: Mapping[str, Any], first_zer
         return signed(codes_in_words(source.read(words).t(), bits)[:, :k], bits)
 
     def zero_points() -> Tensor:
-        found = codes_in_words(source.read(zeros), bits)[:, :n] + first_zero & (1 << bits) - 1
-        return signed(found, bits).t().contiguous()
+        kept, half = codes_in_words(source.read(zeros), bits)[:, :n], 1 << bits - 1
+        first = half - int(kept[0, 0]) if symmetric and half - kept[0, 0] in (0, 1) else first_zero
+        return signed(kept + first & (1 << bits) - 1, bits).t().contiguous()
 
     return Matrix(
         f"{base}.weight",

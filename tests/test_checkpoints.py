@@ -118,6 +118,14 @@ def test_gptq(version, bits, symmetric, group):
     assert found.order is None
 
 
+@pytest.mark.parametrize("kept", [1, 2])
+@pytest.mark.parametrize("named", ["gptq", "gptq_v2"])
+def test_a_symmetric_checkpoint_says_itself_how_it_keeps_zeros(kept, named):
+    linear = Linear(N, K, 4, 32, symmetric=True)
+    tensors = published.gptq(linear, NAME, kept)
+    check(only(gptq, tensors, GPTQ | {"checkpoint_format": named}), linear, "int4_g32")
+
+
 def test_gptq_in_act_order():
     """Columns of a group lie anywhere: parts hold them group by group, and the order says where they were."""
     for linear in (Linear(N, K, 4, 32, True, act_order=True), Linear(N, K, 3, 64, False, seed=1, act_order=True)):

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import runpy
 import struct
 from pathlib import Path
 
@@ -94,6 +95,17 @@ def test_a_page_of_code_reads_the_same_bits(tmp_path: Path, format: str):
     assert set(found) == set(loaded.source.names)
     for name, tensor in found.items():
         assert torch.equal(tensor, loaded.source.read(name)), name
+
+
+def test_the_page_of_code_prints_what_it_reads(tmp_path: Path, capsys, monkeypatch):
+    llama(tmp_path / "model")
+    path = quantize_model(load(tmp_path / "model"), "int4_g32", tmp_path / "q.safetensors").path
+    monkeypatch.setattr("sys.argv", [str(READER), str(path)])
+    capsys.readouterr()
+    runpy.run_path(str(READER), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(load(path).source.names)
+    assert any(line.startswith("model.layers.0.mlp.up_proj.weight: [96, 64], from -") for line in printed)
 
 
 def test_a_page_of_code_reads_scales_of_scales(tmp_path: Path):
