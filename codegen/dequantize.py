@@ -9,7 +9,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 from ..compiler.formats import Format, find
 from ..compiler.graph import dtype_of
 from .domain import NoKernel
-from .kernel import TL_TYPES
+from .kernel import TL_TYPES, PackedWords
 from .pointwise import RowKernel, Value
 from .pointwise_ops import compute_type, emits
 from .views import Index
@@ -49,12 +49,15 @@ def code_of(kernel: RowKernel, format: Format, parts: dict[str, fx.Node], index:
     """The variable with the code, an integer put together from its planes."""
     codes, shift = [], 0
     for name, width in zip(("codes", "high"), format.planes):
-        per_byte = 8 // width
-        byte = kernel.value(parts[name], (*index[:-1], FloorDiv(index[-1], per_byte))).name
+        layout = kernel.layout_of(parts[name])
+        if isinstance(layout, PackedWords):
+            at, lowest = layout.place(index[-1])
+        else:
+            at, lowest = FloorDiv(index[-1], 8 // width), Mod(index[-1], 8 // width) * width
+        byte = kernel.value(parts[name], (*index[:-1], at)).name
         if width == 8:
             return byte
-        place = kernel.factor_text(Mod(index[-1], per_byte) * width)
-        code = kernel.assign("code", f"{byte}.to(tl.int32) >> {place} & {(1 << width) - 1}")
+        code = kernel.assign("code", f"{byte}.to(tl.int32) >> ({kernel.index_text(lowest)}) & {(1 << width) - 1}")
         codes.append(f"({code} << {shift})" if shift else code)
         shift += width
     return codes[0] if len(codes) == 1 else kernel.assign("code", " | ".join(codes))

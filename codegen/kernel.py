@@ -130,6 +130,60 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class PackedWords:
+    """A plane of codes of `width` bits of a matrix [N, K], packed in words; see `packed_words.PackWords`.
+
+    Its elements are bytes, of which a row has as many as the plane's: `place` says where a weight lies among them.
+    """
+
+    buffer: Buffer
+    sizes: tuple[sympy.Expr, ...]
+    width: int
+    group: int
+    block: int
+    offset: sympy.Expr = ZERO
+
+    @property
+    def pointer(self) -> Pointer:
+        return Pointer(self.buffer, self.offset)
+
+    @property
+    def words(self) -> int:
+        """Words of a row in a step of `group` weights."""
+        return self.group * self.width // 32
+
+    @property
+    def steps(self) -> int:
+        """Groups of a row."""
+        return -(-int(self.sizes[1]) // self.group)
+
+    def place(self, k: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+        """The byte of a row that holds weight k, and its lowest bit there."""
+        quad = FloorDiv(Mod(k, self.group), 4)
+        byte = FloorDiv(k, self.group) * (4 * self.words) + Mod(quad, self.words) * 4 + Mod(k, 4)
+        return (k, ZERO) if self.width == 8 else (byte, FloorDiv(quad, self.words) * self.width)
+
+    def element(self, index: tuple[sympy.Expr, ...]) -> sympy.Expr:
+        row, byte = index
+        panel = FloorDiv(row, self.block) * (self.block * self.steps * self.words * 4)
+        return panel + FloorDiv(byte, 4) * (4 * self.block) + Mod(row, self.block) * 4 + Mod(byte, 4)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """An activation in memory as its readers take it.
+
+    codes: int8 [M, K or more]; scales: fp32 [M, groups]; sums: fp32 [M, runs], each scale times the sum of the codes of
+    `run` elements; None where no reader needs them.
+    """
+
+    codes: Layout
+    scales: Layout
+    sums: Layout | None
+    run: int
+
+
+@dataclass(frozen=True)
 class Pointer:
     """An argument of a launch: the address of an element of a buffer."""
 

@@ -219,6 +219,10 @@ class RowKernel:
         name = short_name(node.name)
         return self.load_layout(layout, index, name, dtype_of(node))
 
+    def layout_of(self, node: fx.Node) -> Any:
+        """Where a tensor lies that is in memory."""
+        return self.layouts[node]
+
     def load_layout(self, layout: Any, index: Index, name: str, dtype: torch.dtype) -> Value:
         expr = layout.element(index)
         pointer = self.pointer(layout, name)

@@ -44,6 +44,9 @@ class Probe(RowKernel):
         self.reads[node] = min(bytes_of(node), self.lanes * dtype_of(node).itemsize)
         return self.variable(node, index)
 
+    def layout_of(self, node: fx.Node) -> None:
+        """It is not decided yet."""
+
     def variable(self, node: fx.Node, index: Index) -> Value:
         """A variable that holds a value at an index."""
         name = self.fresh(short_name(node.name))

@@ -23,7 +23,7 @@ from .template import Arguments, power_of_two
 aten = torch.ops.aten
 
 NORMS = frozenset({OPS["rms_norm"].target, aten.layer_norm.default})
-PRODUCTS = frozenset({OPS["linear"].target, OPS["gated_linear"].target})
+PRODUCTS = frozenset(OPS[name].target for name in ("linear", "gated_linear", "fake_quantize"))
 
 
 @dataclass
@@ -41,39 +41,50 @@ class Norm:
     def size(self) -> int:
         return int(sizes(self.node)[-1])
 
-    def add_to(self, arguments: Arguments) -> None:
+    @property
+    def centers(self) -> bool:
+        return self.node.target is aten.layer_norm.default
+
+    def add_pointers(self, arguments: Arguments) -> None:
         for name, layout in (("norm_weight_ptr", self.weight), ("norm_bias_ptr", self.bias)):
             if layout is not None:
                 arguments.pointer(name, layout)
+
+    def add_to(self, arguments: Arguments) -> None:
+        self.add_pointers(arguments)
         arguments.constant("BLOCK_ROW", power_of_two(self.size))
 
     def statistics(self) -> list[str]:
         """Lines that compute `scale`, and `mean` for a layer norm, of the whole row."""
         masked = self.size != power_of_two(self.size)
         mask = f", mask=tl.arange(0, BLOCK_ROW) < {self.size}, other=0.0" if masked else ""
-        lines = [f"whole = tl.load(x_ptr + tl.arange(0, BLOCK_ROW){mask}).to(tl.float32)"]
-        if self.node.target is aten.layer_norm.default:
-            centered = "whole - mean"
-            lines += [
-                f"mean = tl.sum(whole, axis=0) / {self.size}",
-                f"whole = tl.where(tl.arange(0, BLOCK_ROW) < {self.size}, {centered}, 0.0)"
-                if masked
-                else f"whole = {centered}",
-            ]
-        return [*lines, f"scale = 1.0 / tl.sqrt(tl.sum(whole * whole, axis=0) / {self.size} + {self.eps!r})"]
+        load = f"whole = tl.load(x_ptr + tl.arange(0, BLOCK_ROW){mask}).to(tl.float32)"
+        return [load, *self.statistics_of("whole", f"tl.arange(0, BLOCK_ROW) < {self.size}" if masked else "")]
 
-    def normalize(self, mask: str) -> list[str]:
-        """Lines that normalize `x`, the entries `k + inner` of the row; it rounds where the norm's own kernel does."""
+    def statistics_of(self, row: str, there: str, total: str = "tl.sum({}, axis=0)") -> list[str]:
+        """The same of a row that lies in the variable `row`; `total` sums all of it, `there` is its mask."""
+        lines = []
+        if self.centers:
+            centered = f"{row} - mean"
+            lines += [
+                f"mean = {total.format(row)} / {self.size}",
+                f"whole = tl.where({there}, {centered}, 0.0)" if there else f"whole = {centered}",
+            ]
+            row = "whole"
+        return [*lines, f"scale = 1.0 / tl.sqrt({total.format(f'{row} * {row}')} / {self.size} + {self.eps!r})"]
+
+    def normalize(self, mask: str, place: str = "k + inner") -> list[str]:
+        """Lines that normalize `x`, the entries `place` of the row; it rounds where the norm's own kernel does."""
         low = dtype_of(self.node) != torch.float32
         rounded = f".to({TL_TYPES[dtype_of(self.node)]}).to(tl.float32)" if low else ""
-        x = "(x - mean) * scale" if self.node.target is aten.layer_norm.default else "x * scale"
+        x = "(x - mean) * scale" if self.centers else "x * scale"
         lines = []
         if self.scales_rounded and low and self.weight is not None:
             lines.append(f"x = ({x}){rounded}")
             x = "x"
         for name, layout, sign in (("norm_weight", self.weight, "*"), ("norm_bias", self.bias, "+")):
             if layout is not None:
-                lines.append(f"{name} = tl.load({name}_ptr + k + inner{mask}).to(tl.float32)")
+                lines.append(f"{name} = tl.load({name}_ptr + {place}{mask}).to(tl.float32)")
                 x = f"{x} {sign} {name}"
         return [*lines, f"x = ({x}){rounded}" if low else f"x = {x}"]
 

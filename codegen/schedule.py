@@ -23,7 +23,7 @@ from ..compiler.gate_expressions import has_gate
 from ..compiler.graph import Graph, dtype_of, is_tensor, size_expr, sizes
 from ..compiler.pattern import arguments
 from ..compiler.weights import Weight
-from . import linear, rope
+from . import linear, quantized, rope
 from .decompose import decompose
 from .domain import NoKernel, Store
 from .fusion_cost import Decision
@@ -155,6 +155,9 @@ def place_placeholders(scope: Scope, result: Schedule, pack: bool) -> None:
                 scope.pack(node, block)
         else:
             result.inputs[node.name] = scope.layouts[node]
+    for node in graph.nodes:
+        if node.target is effc.dequantize.default:
+            quantized.place_parts(scope, node)
 
 
 def panel_width(weight: fx.Node, target: Target) -> int | None:

@@ -12,7 +12,7 @@ from torch import fx
 from ..compiler.graph import Graph, dtype_of, sizes, writes
 from ..compiler.weights import Pack, Reshape, Weight
 from .domain import Domain, Store
-from .kernel import ZERO, Buffer, Choice, Launch, Layout, Packed, Step, contiguous_strides
+from .kernel import ZERO, Buffer, Choice, Launch, Layout, Packed, PackedWords, Rounded, Step, contiguous_strides
 from .pointwise import RowKernel
 from .target import Target
 from .views import SPLITS, is_view, view_source
@@ -24,17 +24,19 @@ class Scope:
     """The state of one lowering.
 
     layouts: node -> where it lies (for nodes in memory only). recipes: weight placeholder -> the recipe that fills
-    its buffer. steps: what has been lowered. names: runtime size -> the name that kernels give it.
+    its buffer. steps: what has been lowered. names: runtime size -> the name that kernels give it. rounded: where
+    activations lie that are kept as codes.
     """
 
     def __init__(
         self, graph: Graph, target: Target, names: dict[sympy.Symbol, str], refused: Container[fx.Node]
     ) -> None:
         self.graph, self.target, self.names, self.refused = graph, target, names, refused
-        self.layouts: dict[fx.Node, Layout | Packed] = {}
+        self.layouts: dict[fx.Node, Layout | Packed | PackedWords] = {}
         self.recipes: dict[str, Weight] = {}
         self.steps: list[Step] = []
         self.copies: dict[fx.Node, Layout] = {}
+        self.rounded: dict[fx.Node, Rounded] = {}
         self.written = {self.base(node.args[0]) for node in graph.nodes if writes(node)}
         self.outputs = {
             seen
@@ -75,7 +77,7 @@ class Scope:
         if node not in self.layouts:
             return self.copy(node)
         layout = self.layouts[node]
-        return self.copy(node) if isinstance(layout, Packed) else layout
+        return layout if isinstance(layout, Layout) else self.copy(node)
 
     def kind(self, node: fx.Node) -> str:
         """Whether a result leaves the run, is shared with an op that runs through ATen, or is only in the arena."""

@@ -20,6 +20,8 @@ from . import (  # noqa: F401  (dequantize, gathers, movement, pointwise_ops and
     moe,
     movement,
     pointwise_ops,
+    quantize_rows,
+    quantized,
     reductions,
     rope,
     top_k,
@@ -31,9 +33,16 @@ from .scope import Scope
 
 aten, effc = torch.ops.aten, torch.ops.effc
 
+
+def lower_linear(scope: Scope, node: fx.Node) -> None:
+    """By the parts of a quantized weight, where it has them."""
+    (quantized if quantized.has_parts(node) else linear).lower(scope, node)
+
+
 TEMPLATES: dict[Any, Callable[[Scope, fx.Node], None]] = {
-    effc.linear.default: linear.lower,
-    effc.gated_linear.default: linear.lower,
+    effc.linear.default: lower_linear,
+    effc.gated_linear.default: lower_linear,
+    effc.fake_quantize.default: quantize_rows.lower,
     effc.attention.default: attention.lower,
     effc.cached_attention.default: attention.lower,
     effc.rope.default: rope.lower,

@@ -22,6 +22,7 @@ class Target:
     """name: "cpu" or "cuda". linear_small and linear_large: tiles for up to `small_rows` rows and for more.
 
     experts: tile of many tokens' products with their experts' weights, of which each expert has a share only.
+    quantized: tile of many rows by quantized weights; its depth is what the format says.
     gemv_k: depth of one step of a product of a packed weight with a vector; gemv_rows: rows of a row-major weight that
     one program multiplies with one. attention: query rows and key columns of a tile.
     decode_keys: keys per step of decode attention. splits: programs that share the keys of one head while decoding.
@@ -32,6 +33,7 @@ class Target:
     linear_small: Tile
     linear_large: Tile
     experts: Tile
+    quantized: Tile
     small_rows: int
     gemv_k: int
     gemv_rows: int
@@ -46,6 +48,7 @@ CPU = Target(
     linear_small=Tile(16, 64, 64),
     linear_large=Tile(256, 64, 64),
     experts=Tile(64, 64, 64),
+    quantized=Tile(64, 64, 32),
     small_rows=16,
     gemv_k=64,
     gemv_rows=4,
@@ -60,6 +63,7 @@ CUDA = Target(
     linear_small=Tile(16, 64, 64),
     linear_large=Tile(64, 64, 32),
     experts=Tile(64, 64, 32),
+    quantized=Tile(64, 64, 32),
     small_rows=16,
     gemv_k=64,
     gemv_rows=8,

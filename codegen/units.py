@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..compiler.graph import Graph, dtype_of, is_tensor, sizes, writes
+from . import quantized
 from .domain import Domain
 from .fusion_cost import MAX_INLINED, Decision, bytes_of, op_cost, recompute
 from .pointwise_ops import SIMPLE, is_fusible
@@ -131,13 +132,14 @@ class Plan:
         return Scope.base(new) is node and (positions is None or Scope.base(positions) is not node)
 
     def is_realized(self, node: fx.Node) -> bool:
+        """Whether a pointwise node lies in memory; a weight's values do not where who reads it takes its parts."""
         if node in self.forced:
             return True
         if not self.is_update(node) and any(Scope.base(x) in self.written for x in node.all_input_nodes):
             return True
         if is_empty(node) or reduces_columns(node):
             return True
-        users = set(readers(node))
+        users = set(readers(node)) - self.part_readers(node)
         if any(not self.is_pointwise(user) and not self.is_written_by(user, node) for user in users):
             return True
         inlined = self.inlined[node]
@@ -164,6 +166,10 @@ class Plan:
             and sizes(node) == sizes(node.args[0])
             and not any(Scope.base(x) in self.written for x in node.all_input_nodes[1:])
         )
+
+    def part_readers(self, node: fx.Node) -> set[fx.Node]:
+        """Linears that read the parts of a quantized weight, not its values."""
+        return set(quantized.readers(node, self.refused)) if node.target is effc.dequantize.default else set()
 
     @cached_property
     def readers_of(self) -> dict[fx.Node, set[fx.Node]]:

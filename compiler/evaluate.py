@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .formats import find
+from .packed_words import PackWords, pack_words
 from .quantized_weights import Dequantize, Quantize
 from .weights import (
     Add,
@@ -46,7 +47,7 @@ def evaluate(weight: Weight, source: TensorSource, out: Tensor | None = None) ->
             return _read(weight, source)
         case Constant():
             return weight.tensor
-        case Cast() if not isinstance(weight.source, Concat | Pack):
+        case Cast() if not isinstance(weight.source, Concat | Pack | PackWords):
             return evaluate(weight.source, source).to(weight.dtype)
         case Reshape():
             return evaluate(weight.source, source).reshape(weight.shape)
@@ -64,7 +65,7 @@ def evaluate(weight: Weight, source: TensorSource, out: Tensor | None = None) ->
             return find(weight.format).dequantize([evaluate(part, source) for part in weight.parts], weight.dtype)
         case Quantize():
             return _quantized_part(weight, source)
-        case Concat() | Pack() | Cast():
+        case Concat() | Pack() | PackWords() | Cast():
             return evaluate(weight, source, torch.empty(weight.shape, dtype=weight.dtype))
     raise TypeError(f"expected a weight recipe, found {type(weight).__name__}")
 
@@ -102,6 +103,8 @@ def _write(weight: Weight, source: TensorSource, out: Tensor) -> None:
             _pack_rows(weight.source, source, out, 0)
             if rest := weight.source.shape[0] % weight.block:
                 out[-1, :, rest:].zero_()
+        case PackWords():
+            pack_words(evaluate(weight.source, source), weight, out)
         case _:
             out.copy_(evaluate(weight, source))
 

@@ -9,6 +9,7 @@ from effc.codegen.build import jit_function
 from effc.codegen.kernel import Kernel
 from effc.codegen.schedule import schedule
 from effc.codegen.target import CUDA
+from effc.compiler.formats import find
 from torch import Tensor
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
@@ -155,6 +156,21 @@ def pointwise(size: int, dtype: torch.dtype) -> list[Kernel]:
     return kernels(function, {"x": (0, 1)}, x=x, w=w, ids=torch.tensor([[0, 1]]))
 
 
+def quantized(name: str, activation: str | None, n: int, k: int, dtype: torch.dtype) -> list[Kernel]:
+    format = find(name)
+
+    def function(x: Tensor, r: Tensor, b: Tensor, g: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        weight = effc.dequantize(list(parts), name, dtype)
+        x = effc.rms_norm(x, g, 1e-6)
+        x = x if activation is None else effc.fake_quantize(x, activation)
+        return effc.linear(x, weight, b, r, "gelu"), effc.gated_linear(x, weight)
+
+    tensors = {"x": random(2, 5, k, dtype=dtype), "r": random(2, 5, 2 * n, dtype=dtype)}
+    weights = {"b": random(2 * n, dtype=dtype), "g": random(k, dtype=dtype)}
+    weights |= dict(zip((f"p_{part}" for part in format.part_names), format.quantize(random(2 * n, k))))
+    return kernels(function, {"x": (0, 1), "r": (0, 1)}, weights=tuple(weights), **tensors, **weights)
+
+
 QUICK = {
     "linear": lambda: linears(64, 128, BF16),
     "linear, ragged": lambda: linears(35, 100, FP32),
@@ -163,6 +179,7 @@ QUICK = {
     "rope": lambda: ropes(64, 64, BF16),
     "pointwise": lambda: pointwise(100, BF16),
     "experts": lambda: experts(128, 64, 8, 2, BF16),
+    "quantized": lambda: quantized("q4_1", "int8_g32", 64, 128, BF16),
 }
 SWEEP = {
     "linear, one element": lambda: linears(1, 1, FP16),
@@ -176,6 +193,10 @@ SWEEP = {
     "rope, one pair": lambda: ropes(2, 2, FP16),
     "experts, ragged": lambda: experts(100, 35, 60, 4, FP32),
     "experts, many": lambda: experts(256, 128, 256, 8, FP16),
+    "quantized, ragged": lambda: quantized("int3_g64", "int8_g32", 35, 104, FP32),
+    "quantized, groups of 16": lambda: quantized("q6_k", "int8_g32", 64, 256, FP16),
+    "quantized, by row": lambda: quantized("int8a", "int8", 16, 100, FP32),
+    "quantized, weights only": lambda: quantized("q5_k", None, 64, 256, BF16),
     "pointwise, one column": lambda: pointwise(1, FP32),
     "pointwise, 4096 columns": lambda: pointwise(4096, FP16),
 }
