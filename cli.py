@@ -170,23 +170,48 @@ def show_answer(answer: TextStream, as_json: bool) -> None:
 @app.command("quantize")
 def quantize_command(
     model: ModelArgument,
-    scheme: Annotated[str, typer.Option(help="A scheme (w4, w8, w4a8, w8a8) or a format (int4_g128, q4_1, ...).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, .safetensors.")],
+    scheme: Annotated[
+        str | None, typer.Option(help="A scheme (w4, w8, w4a8, w8a8) or a format (int4_g128, q4_1, ...).")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Calibrate on text: clip, gptq, awq, rotate, ...; rtn does not look at it."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Bits per weight to share out by what matrices cost, 4.5bpw; calibrates.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Measure on held-out text, print a table; calibrates.")
+    ] = False,
 ) -> None:
     """Round the weights of a model to a scheme or a format, and write it to one file that opens like the model."""
     from .compiler.schemes import scheme_of
 
-    scheme_of(scheme)
+    if scheme is None and budget is None:
+        raise InputError("expected --scheme or --budget: what the weights are to become")
+    found = scheme_of(scheme or "stored")
     path = located(model)
     with status(f"opening {model}"):
         from . import load
         from .quantize_model import quantize_model
 
         loaded = load(path)
+    calibrated = None
     with progress_bar() as progress:
-        report = None if progress is None else lambda done, total: progress("quantizing", done, total)
-        written = quantize_model(loaded, scheme, output, report)
+        if method is not None or budget is not None or report:
+            from .calibrate_model import calibrate_model
+            from .passes.calibrate.budget import parse_bits
+
+            bits = None if budget is None else parse_bits(budget)
+            steps = None if progress is None else lambda done, total, what: progress("calibrating", done, total)
+            calibrated = calibrate_model(loaded, found, method or "gptq", bits, progress=steps)
+        told = None if progress is None else lambda done, total: progress("quantizing", done, total)
+        parameters = None if calibrated is None else calibrated.parameters
+        written = quantize_model(loaded, scheme or "stored", output, told, parameters)
     print(written.path)
+    if calibrated is not None:
+        print(calibrated.report.markdown() if report else calibrated.report.summary)
     if sys.stderr.isatty():
         print(written.summary, file=sys.stderr)
     for remark in written.remarks:

@@ -25,6 +25,7 @@ from .compiler.quantized_weights import NotStored, formats_in, stored_parts
 from .compiler.safetensors_file import Progress, Written, write_safetensors
 from .compiler.schemes import Scheme, scheme_of
 from .compiler.weights import Weight, read, transposed
+from .passes.calibrate.parameters import Parameters
 
 SMALL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -68,9 +69,16 @@ class QuantizedFile:
         return again + [f"{name} stays as it is: {reason}" for name, reason in self.left.items()]
 
 
-def quantize_model(model: LoadedModel, scheme: str, output: Path, progress: Progress | None = None) -> QuantizedFile:
+def quantize_model(
+    model: LoadedModel,
+    scheme: str,
+    output: Path,
+    progress: Progress | None = None,
+    calibrated: Parameters | None = None,
+) -> QuantizedFile:
     """Write `model` with its weights in the formats of a scheme, or in one format, to the file `output`.
 
+    calibrated: parameters that were rounded or changed before (`calibrate_model`); the others are rounded here.
     Raises InputError for an unknown scheme and for weights that do not fit, CacheError where the file cannot be
     written. An interrupted write leaves no file, and an earlier one as it was.
     """
@@ -82,20 +90,27 @@ def quantize_model(model: LoadedModel, scheme: str, output: Path, progress: Prog
     if output.is_dir():
         raise InputError(f"expected a file to write to, found the folder {output}")
     result = QuantizedFile(output)
-    tensors, matrices = planned(model, found, result)
+    tensors, matrices = planned(model, found, result, calibrated or Parameters())
     write_safetensors(output, [*tensors, *small_files(model)], metadata_of(matrices, scheme), progress)
     return result
 
 
-def planned(model: LoadedModel, scheme: Scheme, result: QuantizedFile) -> tuple[list[Written], dict[str, MatrixEntry]]:
+def planned(
+    model: LoadedModel, scheme: Scheme, result: QuantizedFile, calibrated: Parameters
+) -> tuple[list[Written], dict[str, MatrixEntry]]:
     """What the file will hold of the model's parameters, and how matrices are kept."""
     tensors: list[Written] = []
     matrices: dict[str, MatrixEntry] = {}
     kinds = matrix_kinds(model.skeleton)
     for name, recipe in parameters(model):
         result.weights += recipe.numel
-        entry = None
-        if name in kinds:
+        if name in calibrated.matrices:
+            matrices[name] = MatrixEntry(calibrated.matrices[name].format, *calibrated.layout(name))
+            tensors.append(calibrated_parts(name, recipe, calibrated, result))
+        elif name in calibrated.values:
+            value = calibrated.values[name].to(recipe.dtype)
+            tensors.append(Written({name: (recipe.shape, recipe.dtype)}, lambda value=value: [value]))
+        elif name in kinds:
             is_head, is_transposed = kinds[name]
             matrix = transposed(recipe, (1, 0)) if is_transposed else recipe
             try:
@@ -108,7 +123,7 @@ def planned(model: LoadedModel, scheme: Scheme, result: QuantizedFile) -> tuple[
                 result.left[name] = str(reason)
         elif len(recipe.shape) > 1:
             result.left[name] = "it is no weight of a linear or an embedding"
-        if name not in matrices:
+        if name not in matrices and name not in calibrated.values:
             tensors.append(Written({name: (recipe.shape, recipe.dtype)}, partial(values_of, model, recipe)))
     if ROPE_FACTORS in model.base.names:
         factors = read(model.base, ROPE_FACTORS)
@@ -157,6 +172,15 @@ def parts_of(model: LoadedModel, name: str, matrix: Weight, format: Format, resu
             pass
     result.again.update(stored)
     return Written(kept, lambda: named_errors(name, format, evaluate(matrix, model.base)))
+
+
+def calibrated_parts(name: str, recipe: Weight, calibrated: Parameters, result: QuantizedFile) -> Written:
+    """The parts that calibration made of a matrix."""
+    format, parts = calibrated.matrices[name].format, calibrated.matrices[name].parts
+    result.formats[format.name] += 1
+    result.again.update(formats_in(recipe))
+    kinds = {f"{name}.{part}": (tuple(tensor.shape), tensor.dtype) for part, tensor in zip(format.part_names, parts)}
+    return Written(kinds, lambda: parts)
 
 
 def named_errors(name: str, format: Format, weight: Tensor) -> Sequence[Tensor]:

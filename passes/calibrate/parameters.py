@@ -30,6 +30,12 @@ class Parameters:
     values: dict[str, Tensor] = field(default_factory=dict)
     transposed: set[str] = field(default_factory=set)
 
+    def layout(self, name: str) -> tuple[tuple[int, int], bool]:
+        """Shape [N, K] of a matrix in parts, and whether the model has it as [K, N]."""
+        assignment = self.matrices[name]
+        codes = assignment.parts[0]
+        return (codes.shape[0], assignment.format.columns(codes.shape[1])), name in self.transposed
+
 
 def parameters(before: Graph, calibration: Calibration, source: TensorSource | None) -> Parameters:
     """The parameters that differ from those of `source`, which the graph `before` was traced with.
