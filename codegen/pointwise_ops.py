@@ -275,9 +275,10 @@ def power(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     x = operand(kernel, node.args[0], index, dtype_of(node))
     exponent = node.args[1]
     texts = {2: f"{x} * {x}", 3: f"{x} * {x} * {x}", 0.5: f"tl.sqrt({x})", -0.5: f"1.0 / tl.sqrt({x})", 1: x}
-    if exponent not in texts:
-        raise NoKernel(f"power {exponent} has no kernel; 1, 2, 3, 0.5 and -0.5 have")
-    return kernel.let(node, texts[exponent])
+    if exponent not in texts and not dtype_of(node).is_floating_point:
+        raise NoKernel(f"power {exponent} of {dtype_of(node)} has no kernel; 1, 2 and 3 have")
+    general = f"libdevice.pow({x}, tl.full([1, 1], {exponent}, {TL_TYPES[compute_type(dtype_of(node))]}))"
+    return kernel.let(node, texts.get(exponent, general))
 
 
 @emits(aten.gelu.default)

@@ -174,7 +174,24 @@ def truth(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     return kernel.let(node, f"{found} {'==' if every else '!='} 0")
 
 
-@emits(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
+@emits(aten.argmax.default, aten.argmin.default)
+def place_of_extreme(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
+    """Where the largest (or smallest) of a row stands: the first of several, and the first NaN before all."""
+    x = node.args[0]
+    if len(node.args) < 2 or node.args[1] is None or not sizes(x) or node.args[1] % len(sizes(x)) != len(sizes(x)) - 1:
+        raise NoKernel("a place along another axis than the last has no kernel")
+    dtype = dtype_of(x)
+    wide = compute_type(dtype) if dtype.is_floating_point or dtype == torch.int64 else torch.int32
+    row = row_values(kernel, node, index, wide)
+    extreme = kernel.reduce("max" if node.target is aten.argmax.default else "min", row, wide)
+    hit = f"{row} == {extreme}"
+    if dtype.is_floating_point:
+        not_a_number = kernel.reduce("max", f"tl.where({row} == {row}, 0, 1)", torch.int32)
+        hit = f"tl.where({not_a_number} > 0, {row} != {row}, {hit})"
+    return kernel.let(node, f"{kernel.reduce('min', f'tl.where({hit}, col, BLOCK_C)', torch.int32)}.to(tl.int64)")
+
+
+@emits(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
 def softmax(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     x = node.args[0]
     if node.args[1] % len(sizes(x)) != len(sizes(x)) - 1:
@@ -183,7 +200,7 @@ def softmax(kernel: RowKernel, node: fx.Node, index: Index) -> Value:
     shifted = kernel.let(node, f"{row} - {kernel.reduce('max', row)}", wide).name
     exponential = kernel.let(node, f"tl.exp({shifted})", wide).name
     total = kernel.reduce("sum", exponential)
-    if node.target is aten.log_softmax.int:
+    if node.target in (aten.log_softmax.int, aten._log_softmax.default):
         return kernel.let(node, f"{shifted} - tl.log({total})")
     return kernel.let(node, f"{exponential} / {total}")
 
@@ -231,6 +248,9 @@ REDUCTIONS = frozenset(
         aten.softmax.int,
         aten._softmax.default,
         aten.log_softmax.int,
+        aten._log_softmax.default,
+        aten.argmax.default,
+        aten.argmin.default,
         effc.rms_norm.default,
         aten.layer_norm.default,
     }

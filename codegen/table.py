@@ -24,6 +24,7 @@ from . import (  # noqa: F401  (dequantize, gathers, movement, pointwise_ops and
     quantized,
     reductions,
     rope,
+    scan,
     top_k,
 )
 from .domain import Slot
@@ -48,6 +49,7 @@ TEMPLATES: dict[Any, Callable[[Scope, fx.Node], None]] = {
     effc.rope.default: rope.lower,
     effc.top_k.default: top_k.lower,
     effc.moe.default: moe.lower,
+    aten.cumsum.default: scan.lower,
 }
 """Ops with a kernel of their own; `pointwise.EMITTERS` has the others."""
 

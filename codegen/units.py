@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph, dtype_of, is_tensor, sizes, writes
+from ..compiler.graph import Graph, dtype_of, is_tensor, returns_tensors, sizes, writes
 from . import quantized
 from .domain import Domain
 from .fusion_cost import MAX_INLINED, Decision, bytes_of, op_cost, recompute
@@ -204,13 +204,6 @@ class Plan:
 def written_inputs(graph: Graph) -> set[fx.Node]:
     """Tensors that a call changes: what reads them before must not be computed behind the change."""
     return {Scope.base(node.args[0]) for node in graph.nodes if writes(node)}
-
-
-def returns_tensors(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) or (
-        isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value)
-    )
 
 
 def row_inputs(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -1,10 +1,14 @@
 """Branches that model code takes on the values of its inputs, such as "is this text longer than the original length".
 
-    if torch.max(position_ids) + 1 > 64: ...        -->  the branch of short texts, and a largest length of 64
+    if torch.max(position_ids) + 1 > 64: ...              -->  the branch of short texts, and a largest length of 64
+    where(torch.max(position_ids) + 1 > 64, long, short)  -->  short, and the same
 
 A trace follows the branch that its example takes; the exporter leaves an assertion of what that branch assumed. For
 texts without padding, whose positions count from 0, the assumption is a condition on the length alone. Here it becomes
 the largest length that a graph holds for; a branch that does not depend on the length in this way is refused.
+
+A `where` on one such condition holds both branches. No cache can: a text that grows past the length would change the
+keys of its first tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import fx
 
 from .errors import ModelError
 from .graph import Graph, size_expr
-from .rewrite import source_line
+from .rewrite import replace, source_line
 from .weights import Constant
 
 aten = torch.ops.aten
@@ -35,13 +39,28 @@ def bound_by_branches(graph: Graph, positions: dict[str, Any]) -> None:
     meets it.
     """
     assertions = [node for node in graph.nodes if node.target == aten._assert_scalar.default and reads_values(node)]
-    limits = {node: longest_text(graph, node, positions) for node in assertions}
-    tightest = min(assertions, key=limits.__getitem__, default=None)
+    choices = {node: found for node in graph.nodes if (found := choice_by_length(graph, node, positions)) is not None}
+    limits = {node: longest_text(graph, node, positions) for node in (*assertions, *choices)}
+    tightest = min(limits, key=limits.__getitem__, default=None)
     if tightest is not None and limits[tightest] < LONGEST:
         graph.limit_length(limits[tightest], f"longer ones take another branch at {source_line(tightest)}")
+    for node, chosen in choices.items():
+        replace(graph, node, chosen)
     for node in reversed(list(graph.nodes)):
         if node in assertions or (reads_values(node) and not node.users):
             graph.fx.erase_node(node)
+
+
+def choice_by_length(graph: Graph, node: fx.Node, positions: dict[str, Any]) -> fx.Node | None:
+    """What one `where` of whole tensors gives for a text of one token, if its condition is one on the length."""
+    if node.target != aten.where.self or node.args[0].meta["val"].ndim or node.args[0].op == "placeholder":
+        return None
+    try:
+        chosen = node.args[1 if holds(graph, node, positions, 1) else 2]
+    except ModelError:  # it depends on something else, and stays what it is
+        return None
+    same = chosen.meta["val"].shape == node.meta["val"].shape and chosen.meta["val"].dtype == node.meta["val"].dtype
+    return chosen if same else None
 
 
 def reads_values(node: fx.Node) -> bool:
@@ -55,18 +74,23 @@ def is_tensor_or_input(node: fx.Node) -> bool:
     return node.op != "call_function" or isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def longest_text(graph: Graph, assertion: fx.Node, positions: dict[str, Any]) -> int:
-    """The largest length up to which the condition of an assertion holds."""
-    if not holds(graph, assertion, positions, 1):
-        raise refused(assertion, "one token alone takes another branch than the example")
+def longest_text(graph: Graph, node: fx.Node, positions: dict[str, Any]) -> int:
+    """The largest length up to which an assertion holds, or a `where` chooses what it does for one token."""
+
+    def same_branch(length: int) -> bool:
+        return holds(graph, node, positions, length) == (node.target != aten.where.self or first)
+
+    first = holds(graph, node, positions, 1)
+    if not same_branch(1):
+        raise refused(node, "one token alone takes another branch than the example")
     low, high = 1, 2
-    while high <= LONGEST and holds(graph, assertion, positions, high):
+    while high <= LONGEST and same_branch(high):
         low, high = high, 2 * high
     if high > LONGEST:
         return LONGEST
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(graph, assertion, positions, middle) else (low, middle)
+        low, high = (middle, high) if same_branch(middle) else (low, middle)
     return low
 
 

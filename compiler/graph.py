@@ -135,6 +135,14 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def returns_tensors(node: fx.Node) -> bool:
+    """Whether a call gives a tensor, or several."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value)
+    )
+
+
 def writes(node: fx.Node) -> bool:
     """Whether a call updates one of its arguments in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 from .branches import bound_by_branches
 from .errors import InputError, ModelError
@@ -63,7 +63,7 @@ def trace(model: Any, *, name: str = "forward") -> Graph:
         raise InputError("expected a model in evaluation mode, found training mode: call model.eval() first")
     inputs = _example_inputs(module)
     names = _canonical_names(module)
-    with torch.no_grad(), _fake_parameters(module), _quiet():
+    with torch.no_grad(), _as_it_was(module), _fake_parameters(module), _quiet():
         program = _export_with_some_attention(module, inputs)
     graph = _to_graph(program, name, iter(inputs), names, source)
     _bound_length(graph, program)
@@ -109,6 +109,20 @@ def _canonical_names(module: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+
+
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Within: what a forward sets on its modules is forgotten behind. In a trace it is no tensor of real numbers."""
+    before = [(owner, dict(owner.__dict__), dict(owner._buffers)) for owner in module.modules()]
+    try:
+        yield
+    finally:
+        for owner, attributes, buffers in before:
+            owner.__dict__.clear()
+            owner.__dict__.update(attributes)
+            owner._buffers.clear()
+            owner._buffers.update(buffers)
 
 
 @contextmanager
@@ -291,6 +305,9 @@ def _to_graph(
         recipe = _recipe(program, node, spec.target, names.get(target, target), source, is_parameter)
         rename_placeholder(node, names.get(target, target).replace(".", "_"))
         weights[node.name] = recipe
+    (output,) = (node for node in nodes.nodes if node.op == "output")
+    specs = zip(output.args[0], program.graph_signature.output_specs)
+    output.args = (tuple(value for value, spec in specs if spec.kind is OutputKind.USER_OUTPUT),)
     for node in nodes.nodes:
         node.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
         _forget_real(node.meta.get("val"))

@@ -77,6 +77,12 @@ def rope(kind: str, **parameters: Any) -> dict[str, Any]:
 
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+ORIGINAL = {"original_max_position_embeddings": 32}
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+    **ORIGINAL,
+}
 
 FAMILIES = {
     # the survey's
@@ -125,6 +131,7 @@ FAMILIES = {
     "GPTJ": Family("GPTJ", {**GPT, "rotary_dim": 4, "tie_word_embeddings": False}),
     "Phi": Family("Phi", {"num_key_value_heads": 4}),
     "Phi3": Family("Phi3", {"sliding_window": WINDOW}),
+    "Phi3-longrope": Family("Phi3", {**rope("longrope", **LONGROPE), "sliding_window": None, **ORIGINAL}),
     "StableLm": Family("StableLm"),
     "Starcoder2": Family("Starcoder2", {"sliding_window": WINDOW}),
     "Olmo2": Family("Olmo2"),

@@ -65,5 +65,5 @@ def test_all_axes_at_once_are_one_row() -> None:
     check(lambda x: (x.sum((0, 1)), x.mean((0, 1), keepdim=True), x.amax(), x.var()), x=random(4, 6))
 
 
-def test_other_dtypes_and_axes_with_the_last_are_left_to_aten() -> None:
-    check(lambda x, i: (x.sum((0, 2)), i.amax(0)), x=random(4, 2, 6), i=torch.ones(3, 4, dtype=torch.int8), fallbacks=2)
+def test_other_dtypes_are_left_to_aten() -> None:
+    check(lambda i: i.amax(0), i=torch.ones(3, 4, dtype=torch.int8), fallbacks=1)

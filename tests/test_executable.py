@@ -53,7 +53,7 @@ def layer(x: Tensor, w: Tensor, q: Tensor, cos: Tensor, sin: Tensor, ids: Tensor
         effc.linear(normed, w, None, x, "silu"),
         effc.gated_linear(normed, w, None, "gelu"),
         effc.attention(turned, turned * 2, q + 1, 0.3, True),
-        torch.cat((-x[:, 3:], x.amax(-1, keepdim=True)), -1).cumsum(-1) + 1,
+        torch.cat((-x[:, 3:], x.amax(-1, keepdim=True)), -1).cumprod(-1) + 1,
         F.layer_norm(x, (24,)).softmax(-1).tanh(),
         F.embedding(ids, w) + 1,
     )
@@ -85,7 +85,7 @@ def test_triton_interpreted_agrees_with_native_code(tmp_path: Path) -> None:
 
 
 def test_the_arena_grows_and_serves_smaller_calls() -> None:
-    compiled = Compiled(lambda x: (torch.softmax(x, -1).t() + 1).t().cumsum(0) * 2, {"x": random(5, 33)}, {"x": (0,)})
+    compiled = Compiled(lambda x: (torch.softmax(x, -1).t() + 1).t().cumprod(0) * 2, {"x": random(5, 33)}, {"x": (0,)})
     for rows in (3, 400, 1, 0, 1000, 2):
         compiled.check(x=random(rows, 33))
 

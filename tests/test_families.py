@@ -121,11 +121,21 @@ def test_what_is_no_attention_model_is_refused_with_the_op_and_its_line(family: 
 
 
 @pytest.mark.slow
-def test_a_text_longer_than_rope_scaling_is_exact_for_is_refused_in_one_line() -> None:
-    program = effc.compile(tiny_model("Llama-dynamic", num_hidden_layers=1))
-    with pytest.raises(effc.InputError, match="63") as error:
-        program.generate(torch.ones(1, 60, dtype=torch.int64), max_new_tokens=20)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize(("family", "longest"), [("Llama-dynamic", 63), ("Phi3-longrope", 32)])
+def test_a_text_longer_than_rope_scaling_is_exact_for_is_refused_in_one_line(family: str, longest: int) -> None:
+    """Beyond it, frequencies depend on the length: the keys of a text that grows past it would have to change."""
+    model = tiny_model(family, num_hidden_layers=1)
+    program, exact = effc.compile(model), double(model)
+    ids = example_inputs(2, longest, seed=3)["input_ids"]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions(ids)}
+    results = (program(ids), eager_logits(model, inputs), eager_logits(exact, inputs))
+    assert_close_to_reference(*results, label=f"{longest} tokens")
+    notes = program.stages.graph("forward", True).notes
+    assert any(f"at most {longest} tokens: longer ones take another branch at modeling_" in note for note in notes)
+    for prompt, count in ((longest - 3, 20), (longest + 1, 1)):
+        with pytest.raises(effc.InputError, match=str(longest)) as error:
+            program.generate(torch.ones(1, prompt, dtype=torch.int64), max_new_tokens=count)
+        assert "\n" not in str(error.value)
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_kernels_over_other_sizes_say_so() -> None:
 def test_what_lies_between_two_kernels_keeps_them_apart() -> None:
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.softmax(x, -1)
-        return y, y.cumsum(0) + y
+        return y, y.cumprod(0) + y
 
     assert steps(check(function, x=random(6, 8), fallbacks=1)) == 3
 
@@ -160,7 +160,7 @@ def calls_to_schedule(layers: int) -> int:
     def function(x: Tensor, w: Tensor) -> Tensor:
         for _ in range(layers):
             y = torch.softmax(x, -1)
-            x = x + y.transpose(0, 1).cumsum(0) * y + w
+            x = x + y.transpose(0, 1).cumprod(0) * y + w
         return x
 
     graph = graph_of(function, {"x": random(6, 6), "w": random(6)})

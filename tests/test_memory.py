@@ -72,7 +72,7 @@ def test_temporaries_outlive_an_op_that_runs_through_aten() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         y = torch.softmax(x * 2, -1)
         z = torch.softmax(x * 3, -1)
-        later = y.transpose(0, 1).cumsum(0)
+        later = y.transpose(0, 1).cumprod(0)
         return torch.softmax(z + y, -1).amax(-1) + later[0, 0]
 
     check(function, x=random(9, 33), dynamic={"x": (0,)}, fallbacks=1)

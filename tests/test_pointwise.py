@@ -48,6 +48,7 @@ def float_ops(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         x.pow(3),
         positive.pow(0.5),
         positive.pow(-0.5),
+        positive.pow(1.7),
         x.clamp(-0.5, 0.5),
         x.clamp(min=0.25),
         torch.clamp_max(x, 0.25),

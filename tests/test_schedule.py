@@ -66,7 +66,7 @@ def test_what_is_not_used_is_not_computed() -> None:
 
 def test_an_op_in_the_middle() -> None:
     def function(x: Tensor) -> Tensor:
-        return (x * 2).cumsum(-1).exp() + x
+        return (x * 2).cumprod(-1).exp() + x
 
     compiled = check(function, x=random(5, 7) / 7, dynamic={"x": (0,)}, fallbacks=1)
     assert steps(compiled) == 3
@@ -91,7 +91,7 @@ def test_an_op_that_reads_views_and_inlined_values() -> None:
     def function(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
         y = x + 1
         picked = aten.index.Tensor(y.transpose(0, 1), [None, i])
-        return picked * 2, y[:, ::2].cumsum(-1), y.reshape(-1).cumsum(0), aten.index.Tensor(x, [i * 2])
+        return picked * 2, y[:, ::2].cumprod(-1), y.reshape(-1).cumprod(0), aten.index.Tensor(x, [i * 2])
 
     check(function, x=random(6, 8), i=torch.tensor([2, 0, 1]), fallbacks=2)
 
@@ -119,11 +119,11 @@ def test_empty_tensors_are_neither_computed_nor_copied() -> None:
 
 def test_reductions_without_a_kernel_say_why() -> None:
     def function(x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
-        return x.prod(0), x.softmax(0), i.amax(-1), F.layer_norm(x, (4, 6)), x[None].sum((1, 2)), x.pow(1.5).cumsum(-1)
+        return x.prod(0), i.amax(-1), F.layer_norm(x, (4, 6)), i.long().pow(4), x.cumprod(-1)
 
-    compiled = check(function, x=random(4, 6).abs(), i=torch.arange(12, dtype=torch.int8).reshape(3, 4), fallbacks=7)
+    compiled = check(function, x=random(4, 6).abs(), i=torch.arange(12, dtype=torch.int8).reshape(3, 4), fallbacks=5)
     reasons = " ".join(step.reason for step in compiled.scheduled.schedule.fallbacks)
-    for reason in ("axes [1, 2]", "another axis than the last", "torch.int8", "more than the last axis", "power 1.5"):
+    for reason in ("torch.int8", "more than the last axis", "power 4 of torch.int64"):
         assert reason in reasons
 
 
@@ -133,7 +133,7 @@ def test_rows_of_runtime_length_are_reduced_by_aten() -> None:
 
 
 def test_parts_of_a_split_that_runs_through_aten() -> None:
-    check(lambda x: [part * 2 for part in x.cumsum(-1).split(2, -1)][1] + x[:, 2:4], x=random(3, 6), fallbacks=1)
+    check(lambda x: [part * 2 for part in x.cumprod(-1).split(2, -1)][1] + x[:, 2:4], x=random(3, 6), fallbacks=1)
 
 
 # --- inputs and results ----------------------------------------------------------------------------------------------
