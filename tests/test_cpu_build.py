@@ -84,6 +84,13 @@ def test_unsupported_op_names_op_and_line():
     one_line(error.value)
 
 
+def test_a_defect_of_the_compiler_names_the_kernel(monkeypatch):
+    monkeypatch.setattr("effc.codegen.cpu.launch.parse_module", lambda text: text.nothing)
+    with pytest.raises(AttributeError) as error:
+        lower(assembly_kernel, {"x_ptr": "*i32"}, {})
+    assert "assembly_kernel" in error.value.__notes__[0]
+
+
 def test_wrong_number_of_arguments_is_refused():
     kernel = lower(kernel_from_source(SOURCE, "double_kernel"), SIGNATURE, {"BLOCK": 64})
     with pytest.raises(InputError, match="takes 3 arguments"):

@@ -7,8 +7,7 @@ class Builder:
     """Makes ops at one place of the source; what it makes is in `ops`, in order, until `take` hands it over."""
 
     def __init__(self, body: Block):
-        self.names = {value.name for op in body.walk() for value in op.results}
-        self.names |= {arg.name for op in body.walk() for block in op.blocks for arg in block.args}
+        self.names = {value.name for value in body.values()}
         self.names |= {value.name for op in body.walk() for value in op.operands}
         self.location: tuple[str, int] | None = None
         self.ops: list[Op] = []

@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from .c_types import BYTES
 from .cells import closed
 from .evaluate import Evaluator
-from .ir import Block, Function, Op, Value
+from .ir import EXTENTS, Block, Function, Op, Value
 from .plan import ACCESSES
 from .report import PROGRAM_ID, c_format
 
 THROUGH = frozenset(("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "tt.unsplat"))
 ACCESS_NAMES = {"tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic"}
 UNKNOWN = (0, 2**63 - 1)
-EXTENTS = "extents"
 
 
 def insert_checks(function: Function) -> None:

@@ -8,15 +8,12 @@ from contextlib import contextmanager
 from ...compiler.errors import TooLargeKernel
 from .c_types import BYTES, SCALAR, scalar_type
 from .cells import LARGE, Cell, Stored, constant_cell, constant_zero, row_major
-from .check import EXTENTS
-from .ir import Block, Function, Op, Type, Value, unsupported
+from .ir import EXTENTS, GRID, PROGRAM, Block, Function, Op, Type, Value, unsupported
 from .memory import from_memory, to_memory
 from .plan import Plan, is_lazy
 from .roots import RootPrinter
 from .spelling import is_elementwise, spell
 
-PROGRAM = ("pid_x", "pid_y", "pid_z")
-GRID = ("num_x", "num_y", "num_z")
 AXES = {"x": 0, "y": 1, "z": 2}
 REGISTERS = {16: 32, 8: 16, 4: 16}  # of vectors, by their lanes
 IGNORED = frozenset(("ttg.barrier", "gpu.barrier", "llvm.intr.assume", "ub.poison"))
@@ -48,11 +45,7 @@ class KernelPrinter:
         self.helpers: dict[str, None] = {}
         self.lines: list[str] = []
         self.indent = 1
-        self.names = {value.name for op in function.body.walk() for value in op.results} | {
-            a.name for a in function.args
-        }
-        self.names |= {arg.name for op in function.body.walk() for block in op.blocks for arg in block.args}
-        self.names |= set(PROGRAM + GRID)
+        self.names = {value.name for value in (*function.args, *function.body.values())} | {*PROGRAM, *GRID}
         self.nonnegative: set[Value] = set()
         self.scratch_bytes = 0
         self.arrays: list[tuple[int, str, str, int, int]] = []  # line, element, name, size, first byte in the scratch

@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 
 from ...compiler.errors import UnsupportedKernel
 
+PROGRAM = ("pid_x", "pid_y", "pid_z")
+GRID = ("num_x", "num_y", "num_z")
+EXTENTS = "extents"
+"""What a kernel's C++ function takes beside the kernel's arguments, by name: which program it is, of how many; and in
+debug mode where each pointer's tensor begins and ends."""
+
 
 @dataclass(frozen=True)
 class Type:
@@ -59,6 +65,13 @@ class Block:
             yield op
             for block in op.blocks:
                 yield from block.walk()
+
+    def values(self) -> Iterator[Value]:
+        """What ops inside make, and the arguments of their regions."""
+        for op in self.walk():
+            yield from op.results
+            for block in op.blocks:
+                yield from block.args
 
 
 @dataclass(eq=False)

@@ -71,6 +71,9 @@ def print_kernel(ttir: str, target: CpuTarget, name: str | None = None) -> CppKe
     except UnsupportedKernel as error:
         error.args = (f"kernel {name or kernel_name(ttir)}: {error}", *error.args[1:])
         raise
+    except Exception as error:  # a defect of ours, which its reporter should be able to name
+        error.add_note(f"effc was compiling kernel {name or kernel_name(ttir)} for {target.name}")
+        raise
     params = tuple((arg.name, scalar_type(arg.type)) for arg in function.args)
     return CppKernel(printer.name, params, ttir, cpp, printer.scratch_bytes, target.checked)
 

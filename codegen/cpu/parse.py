@@ -8,7 +8,7 @@ import re
 
 from ...compiler.errors import UnsupportedKernel
 from .build import PRELUDE
-from .ir import Block, Function, Op, Type, Value
+from .ir import EXTENTS, GRID, PROGRAM, Block, Function, Op, Type, Value
 from .normalize import normalize
 from .structure import LABELS, FlatFunction, inlined
 
@@ -89,7 +89,7 @@ class Parser:
         self.at = 0
         self.scopes: list[dict[str, Value]] = [{}]
         self.divisors: dict[Value, int] = {}
-        self.taken: set[str] = {"pid_x", "pid_y", "pid_z", "num_x", "num_y", "num_z", "extents"}
+        self.taken: set[str] = {*PROGRAM, *GRID, EXTENTS}
 
     # -- names, types and places
 
