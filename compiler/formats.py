@@ -207,8 +207,15 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def spelled() -> str:
+    """All names in a line."""
+    sizes = " or ".join(f"_g{group}" for group in GROUPS)
+    others = ", ".join(name for name in FORMATS if not name.startswith("int"))
+    return f"int8, int4, int3 or int2 (then a: with mins, or z: zero points; then {sizes}: in groups), {others}"
+
+
 def find(name: str) -> Format:
     """The format of that name. Raises InputError that lists those there are."""
     if name not in FORMATS:
-        raise InputError(f"unknown format {name!r}; expected one of {', '.join(FORMATS)}")
+        raise InputError(f"unknown format {name!r}; expected one of {spelled()}")
     return FORMATS[name]

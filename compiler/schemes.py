@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import InputError
-from .formats import FORMATS
+from .formats import FORMATS, spelled
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,4 @@ def scheme_of(name: str) -> Scheme | None:
         return SCHEMES[name]
     if name in FORMATS:
         return Scheme(name, name)
-    raise InputError(f"expected a scheme ({', '.join(SCHEMES)}) or a format ({', '.join(FORMATS)}), found {name!r}")
+    raise InputError(f"expected a scheme ({', '.join(SCHEMES)}) or a format: {spelled()}; found {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from effc.compiler import ops  # noqa: F401  (registers effc's)
 from effc.compiler.activation_formats import ACTIVATION_FORMATS, dequantize_rows, find_activation, quantize_rows
 from effc.compiler.bit_planes import pack, pack_planes, unpack, unpack_planes
 from effc.compiler.errors import InputError, ModelError
-from effc.compiler.formats import FORMATS, Format, find
+from effc.compiler.formats import FORMATS, Format, find, spelled
 from effc.compiler.gguf_blocks import BLOCKS, format_of, read_part, split
 from torch import Tensor
 
@@ -153,6 +154,11 @@ def test_an_unknown_format_lists_those_there_are():
         find("int9")
     with pytest.raises(InputError, match=r"unknown activation format 'int4'; expected one of int8, int8_g32"):
         find_activation("int4")
+
+
+def test_every_name_is_spelled():
+    families = {re.sub(r"[az]?(_g\d+)?(_f32)?$", "", name) if name.startswith("int") else name for name in FORMATS}
+    assert all(re.search(rf"\b{name}\b", spelled()) for name in families)
 
 
 def test_another_number_of_parts_is_named():

@@ -334,7 +334,7 @@ def test_the_command_writes_a_file_and_prints_its_path(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("scheme", "said"),
     [
-        ("w5", r"expected a scheme \(none, stored, w8a8, .*\) or a format \(int8, .*\), found 'w5'"),
+        ("w5", r"expected a scheme \(none, stored, w8a8, .*\) or a format: int8, .*q4_1.*; found 'w5'"),
         ("none", "scheme 'none' quantizes nothing: expected a scheme or a format"),
     ],
 )
