@@ -85,7 +85,7 @@ def test_unsupported_op_names_op_and_line():
 
 
 def test_a_defect_of_the_compiler_names_the_kernel(monkeypatch):
-    monkeypatch.setattr("effc.codegen.cpu.launch.parse_module", lambda text: text.nothing)
+    monkeypatch.setattr("effc.codegen.cpu.emit.KernelPrinter.print", lambda self: self.nothing)
     with pytest.raises(AttributeError) as error:
         lower(assembly_kernel, {"x_ptr": "*i32"}, {})
     assert "assembly_kernel" in error.value.__notes__[0]
