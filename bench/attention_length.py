@@ -1,7 +1,8 @@
 """Prefill by length: the time of each token, and the memory that is held beside the weights and the KV cache.
 
 Attention that holds its scores needs memory that grows with the square of the length; attention with a window has no
-need to read what lies before it. Each model is one layer of random weights, compiled and prefilled by effc.
+need to read what lies before it, nor attention within chunks what lies outside. Each model is one layer of random
+weights, compiled and prefilled by effc.
 """
 
 from __future__ import annotations
@@ -47,6 +48,20 @@ def window() -> nn.Module:
     return transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, sliding_window=WINDOW))
 
 
+def chunks() -> nn.Module:
+    """Without positions: Llama 4 rotates by complex numbers."""
+    config = transformers.Llama4TextConfig(
+        **SHAPE,
+        intermediate_size_mlp=SHAPE["intermediate_size"],
+        attention_chunk_size=WINDOW,
+        layer_types=["chunked_attention"],
+        no_rope_layers=[0],
+        moe_layers=[],
+        attn_temperature_tuning=False,
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
 def softcap() -> nn.Module:
     config = transformers.Gemma2Config(**SHAPE, sliding_window=WINDOW, layer_types=["full_attention"])
     return transformers.Gemma2ForCausalLM(config)
@@ -60,6 +75,7 @@ def alibi() -> nn.Module:
 KINDS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "causal": (causal, "Llama"),
     "window": (window, f"Mistral, window of {WINDOW:,}"),
+    "chunks": (chunks, f"Llama 4, chunks of {WINDOW:,}"),
     "softcap": (softcap, "Gemma 2, no window"),
     "alibi": (alibi, "BLOOM"),
 }
@@ -68,7 +84,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="bench/attention_length.py", description=__doc__.split("\n\n")[0])
     found.add_argument("--lengths", default="1024,2048,4096,8192,16384", metavar="N,N", help="prompts, in tokens")
-    found.add_argument("--kinds", default="causal,window,softcap", metavar="A,B", help=f"of {', '.join(KINDS)}")
+    found.add_argument("--kinds", default="causal,window,chunks,softcap", metavar="A,B", help=f"of {', '.join(KINDS)}")
     found.add_argument("--repeats", type=int, default=3, metavar="N", help="prefills of each length")
     found.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     found.add_argument("--json", action="store_true", help="print JSON")

@@ -237,6 +237,24 @@ def cumsum(x: Inference, node: fx.Node, dim: int, **named: Any) -> IndexFunction
     return IndexFunction(inner.shape, at)
 
 
+@handles(aten.sum.dim_IntList)
+def sum_over(x: Inference, node: fx.Node, dim: Sequence[int], keepdim: bool, **named: Any) -> IndexFunction:
+    """Of what is the same along the dimension."""
+    inner = x.infer(next(iter(named.values())))
+    if dim is None or len(dim) != 1:
+        raise NotInferred(node, "it adds up over several dimensions")
+    axis = dim[0] % len(inner.shape)
+    j = x.index(f"{node.name}_j", inner.shape[axis])
+
+    def at(*i: sympy.Expr) -> Value:
+        behind = i[axis + 1 :] if keepdim else i[axis:]
+        term = inner.at(*i[:axis], j, *behind)
+        term = number(x.decide(term) if is_truth(term) else term)
+        return x.unknown(node, "it adds up along its input").at(*i) if term.has(j) else term * inner.shape[axis]
+
+    return IndexFunction(sizes(node), at)
+
+
 @handles(aten.diff.default)
 def diff(x: Inference, node: fx.Node, n: int, dim: int, prepend: Any, append: Any, **named: Any) -> IndexFunction:
     inner = x.infer(next(iter(named.values())))

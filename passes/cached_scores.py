@@ -7,6 +7,7 @@ What reads the tokens of the call is put in terms of `padding` [B], how many of 
     t1[b, k], t1 = attention_mask   -->  where(k >= t0[b], 1, 0)
     t1[b, k], t1 = cumsum(mask)     -->  maximum(k + 1 - t0[b], 0)
     t1[b, k], t1 = cumsum(ones)     -->  1 * (k + 1)
+    t1[b], t1 = (cumsum(mask) == 0).sum(1)  -->  t0[b]
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import sympy
 import torch
 from torch import fx
 
-from ..compiler.graph import Graph, sizes
+from ..compiler.graph import Graph, is_tensor, sizes
+from ..compiler.index_algebra import Inference, NotInferred
 from ..compiler.index_expressions import parse, table_number
-from ..compiler.pattern import CASTS
+from ..compiler.mask_check import ancestors
+from ..compiler.pattern import CASTS, arguments
 from .count_tokens import PADDING, running_count
 
 aten = torch.ops.aten
@@ -30,15 +33,16 @@ VISIBLE = "{slot} >= t{padding}[b]"
 IS_VISIBLE = "where({slot} >= t{padding}[b], 1, 0)"
 VISIBLE_SO_FAR = "maximum({slot} + 1 - t{padding}[b], 0)"
 SO_FAR = "%d * ({slot} + 1)"
+HIDDEN = "t{padding}[b]"
 
 
 def slot_form(graph: Graph, table: fx.Node, length: sympy.Symbol) -> str | None:
-    """What an element (b, slot) of a table of tokens [B, S] is, given the padding; None if that is not known."""
+    """What an element (b, slot) of a table of tokens [B, S], or b of one [B], is by the padding; None if unknown."""
+    source = without_casts(table)
+    if counts_padding(graph, source, length):
+        return HIDDEN
     if sizes(table)[1:] != (length,):
         return None
-    source = table
-    while source.target in CASTS:
-        source = source.args[0]
     if source.name == PADDING:
         return IS_VISIBLE
     if source.target != aten.cumsum.default:
@@ -47,8 +51,31 @@ def slot_form(graph: Graph, table: fx.Node, length: sympy.Symbol) -> str | None:
     return VISIBLE_SO_FAR if isinstance(counted, fx.Node) else None if counted is None else SO_FAR % counted
 
 
+def without_casts(x: fx.Node) -> fx.Node:
+    while x.target in CASTS:
+        x = x.args[0]
+    return x
+
+
+def counts_padding(graph: Graph, node: fx.Node, length: sympy.Symbol) -> bool:
+    """Whether a node [B] is (cumsum(attention_mask, 1) == 0).sum(1): how many tokens stand before the first visible."""
+    if node.target != aten.sum.dim_IntList or len(sizes(node)) != 1:
+        return False
+    hidden = without_casts(arguments(node)["self"])
+    counts = [x for x in map(without_casts, hidden.all_input_nodes) if x.target == aten.cumsum.default]
+    if len(counts) != 1 or not isinstance(running_count(graph, counts[0], length), fx.Node):
+        return False
+    inference = Inference(opaque=counts)
+    b, k = (inference.index(name, size) for name, size in zip("bk", sizes(counts[0])))
+    try:
+        return inference.infer(hidden).at(b, k) == sympy.Eq(inference.infer(counts[0]).at(b, k), 0)
+    except NotInferred:
+        return False
+
+
 def reads_tokens(table: fx.Node, length: sympy.Symbol) -> bool:
-    return any(size.has(length) for size in sizes(table))
+    """Whether a table has a value for each token, or is computed from what has."""
+    return any(size.has(length) for x in ancestors(table) if is_tensor(x) for size in sizes(x))
 
 
 def table_refusal(graph: Graph, tables: Sequence[fx.Node] | None, length: sympy.Symbol) -> str | None:
@@ -98,8 +125,8 @@ def in_slots(text: str, forms: dict[int, str], numbers: dict[int, int], padding:
             number = table_number(tree)
             tree = self.generic_visit(tree)
             if number in forms:
-                slot = ast.unparse(tree.slice.elts[1])
-                return parse(forms[number].format(slot=f"({slot})", padding=padding))
+                slot = f"({ast.unparse(tree.slice.elts[1])})" if isinstance(tree.slice, ast.Tuple) else None
+                return parse(forms[number].format(slot=slot, padding=padding))
             name = ast.Name(f"t{numbers[number]}", ast.Load())
             return ast.Subscript(name, tree.slice, ast.Load())
 

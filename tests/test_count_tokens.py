@@ -71,6 +71,7 @@ EACH_TIME = {
     "a slice of a table, looked up",
     "rope",
     "a running count of the mask",
+    "the padding of each row",
 }
 
 
@@ -88,6 +89,14 @@ def test_counts_go_on_from_the_cache(name):
     agree(model, graph, graphs, padding=False)
 
 
+def chunks(m: Model, x: Tensor, mask: Tensor) -> Tensor:
+    """Attention within chunks of 3, counted from the first token that is not padding (Llama 4)."""
+    place, start = torch.arange(x.shape[1]), (mask.bool().cumsum(1) == 0).sum(1)[:, None, None, None]
+    alike = (place[None, :] - start) // 3 == (place[:, None] - start) // 3
+    allowed = alike & (place[None, :] <= place[:, None]) & (mask[:, None, None, :] != 0)
+    return attend(m, x, is_causal=False, attn_mask=allowed)
+
+
 PADDED = {
     "the mask": lambda m, x, mask, places: padded(m, x * mask[:, :, None], mask),
     "a running count of the mask": lambda m, x, mask, places: padded(
@@ -96,6 +105,7 @@ PADDED = {
     "a running count of a cast": lambda m, x, mask, places: padded(
         m, x + m.places((mask != 0).int().cumsum(1).clamp(min=1) - 1), mask
     ),
+    "the padding of each row": lambda m, x, mask, places: chunks(m, x, mask),
 }
 
 
@@ -117,7 +127,14 @@ def packed(m: Model, x: Tensor, mask: Tensor, places: Tensor) -> Tensor:
     return attend(m, x, is_causal=False, attn_mask=allowed)
 
 
+def up_to_a_count(m: Model, x: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+    """Attention to as many keys as positions are even: a number for each row that all its tokens decide."""
+    place, count = torch.arange(x.shape[1]), (places % 2 == 0).sum(1)[:, None, None, None]
+    return attend(m, x, is_causal=False, attn_mask=(place[None, :] <= place[:, None]) & (place <= count))
+
+
 REFUSED = {
+    "a number for each row": (up_to_a_count, r"attention .* depends on sum\w* .* a table of the tokens"),
     "documents packed in a row": (packed, r"attention .* depends on cumsum\w* .* packed in a row"),
     "more than the tokens": (
         lambda m, x, mask, places: attend(m, x + m.places(torch.arange(x.shape[1] + 1)[1:])),
