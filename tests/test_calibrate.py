@@ -199,13 +199,18 @@ def test_sensitivity_is_what_one_rounded_matrix_costs():
         errors = [entry.errors[format.name] for format in formats]
         assert errors == sorted(errors, reverse=True)
         assert entry.estimate("int2_g32") == pytest.approx(entry.kl)
-    choice = choose_formats(found, formats, bits=5.0)
+    choice = choose_formats(found, formats, 5.0)
     sites = [entry.site for entry in found]
     bits = sum(choice(site).bits(site.rows, site.columns) * site.numel for site in sites)
     assert bits <= 5.0 * sum(site.numel for site in sites)
     assert len({choice(site).name for site in sites}) > 1
+    slow = {sites[0].name: {"int4_g32": 9.0}}
+    by_time = choose_formats(
+        found, formats, 9.0, lambda site, format: slow.get(site.name, {}).get(format.name, 1), "ms"
+    )
+    assert by_time(sites[0]).name == "int8"
     with pytest.raises(InputError, match=r"expected a budget of at least 2\.528 bits per weight, found 2"):
-        choose_formats(found, formats, bits=2.0)
+        choose_formats(found, formats, 2.0)
 
 
 def test_the_report_has_a_row_for_each_matrix_and_a_total():

@@ -14,7 +14,7 @@ from effc.passes.calibrate.grid import diagonal_blocks, group_errors
 from effc.passes.calibrate.hadamard import rotation
 from effc.passes.calibrate.rtn import round_clipped, round_nearest
 from effc.passes.calibrate.smoothquant import smoothing
-from effc.passes.calibrate.statistics import InputStatistics, output_error
+from effc.passes.calibrate.statistics import InputStatistics, output_error, relative_error
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,6 +52,11 @@ def test_output_error_is_the_mean_square_of_the_outputs():
     x, difference = correlated_inputs().double(), matrix().double()
     expected = (x @ difference.t()).square().sum(-1).mean().item()
     assert output_error(difference, InputStatistics.of([x]).hessian) == pytest.approx(expected)
+
+
+def test_the_relative_error_of_what_gives_nothing_is_zero():
+    assert relative_error(torch.ones(2, 3), torch.zeros(2, 3), torch.eye(3)) == 0.0
+    assert relative_error(2 * torch.ones(2, 3), torch.ones(2, 3), torch.eye(3)) == 1.0
 
 
 @pytest.mark.parametrize("group", [32, 40, None])

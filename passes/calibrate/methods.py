@@ -31,7 +31,7 @@ from .rotate import rotate
 from .rtn import round_clipped, round_nearest
 from .sites import find_sites
 from .smoothquant import smoothing
-from .statistics import InputStatistics, output_error
+from .statistics import InputStatistics, relative_error
 
 Round = Callable[[Tensor, Tensor | None, Format], tuple[Tensor, ...]]
 """(weight [N, K], hessian [K, K] of its inputs if they are known, format) -> parts."""
@@ -179,8 +179,7 @@ def round_sites(
         hessian = InputStatistics.of(walk.values(site.x)).hessian if measured else None
         assignment = Assignment(format, method.round(weight, hessian, format))
         if hessian is not None:
-            weight, rounded = (x.to(hessian.dtype) for x in (weight, assignment.values(weight.dtype)))
-            calibration.errors[site.name] = output_error(rounded - weight, hessian) / output_error(weight, hessian)
+            calibration.errors[site.name] = relative_error(assignment.values(weight.dtype), weight, hessian)
         calibration.assignments[site.name] = walk.assignments[site.name] = assignment
         progress(index + 1, len(sites), site.name)
     return calibration

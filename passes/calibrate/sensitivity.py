@@ -7,7 +7,7 @@ small errors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,9 @@ from .layers import Inputs, Walk
 from .quality import Reference, compare
 from .rtn import round_clipped
 from .sites import Site, find_sites
-from .statistics import InputStatistics, output_error
+from .statistics import InputStatistics, relative_error
+
+Cost = Callable[[Site, Format], float]
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,10 @@ def sensitivities(
         statistics = InputStatistics.of(walk.values(site.x))
         weight = walk.weight(site.name).float()
         hessian = statistics.hessian.float()
-        energy, errors = output_error(weight, hessian), {}
-        coarse = None
+        errors, coarse = {}, None
         for format in formats:
             rounded = Assignment(format, round_clipped(weight, hessian, format))
-            errors[format.name] = output_error(rounded.values(torch.float32) - weight, hessian) / energy
+            errors[format.name] = relative_error(rounded.values(torch.float32), weight, hessian)
             coarse = coarse or rounded
         alone = walk if not site.shared else Walk(graph, source, texts)
         alone.assignments[site.name] = coarse
@@ -84,23 +85,31 @@ def fits(site: Site, formats: Sequence[Format]) -> bool:
     return True
 
 
-def choose_formats(found: Sequence[Sensitivity], formats: Sequence[Format], bits: float) -> Choice:
-    """The formats under a budget of `bits` per weight, over all sites: those that let the divergence grow least.
+def choose_formats(
+    found: Sequence[Sensitivity],
+    formats: Sequence[Format],
+    budget: float,
+    cost: Cost | None = None,
+    unit: str = " bits per weight",
+) -> Choice:
+    """The formats under a budget for all sites together: those that let the divergence grow least.
 
-    Raises InputError where the smallest formats need more.
+    cost: of a site in a format, in the budget's unit (measured milliseconds, say); without, bits per weight of all
+    sites. Raises InputError where the smallest formats need more.
     """
-    weights = sum(entry.site.numel for entry in found)
+    cost = cost or bits_among([entry.site for entry in found])
     options = {
         entry.site.name: [
-            Option(
-                format.name,
-                format.bits(entry.site.rows, entry.site.columns) * entry.site.numel / weights,
-                entry.estimate(format.name),
-            )
-            for format in formats
+            Option(format.name, cost(entry.site, format), entry.estimate(format.name)) for format in formats
         ]
         for entry in found
     }
     by_name = {format.name: format for format in formats}
-    chosen = {site: by_name[option.format] for site, option in solve(options, bits, " bits per weight").items()}
+    chosen = {site: by_name[option.format] for site, option in solve(options, budget, unit).items()}
     return lambda site: chosen.get(site.name)
+
+
+def bits_among(sites: Sequence[Site]) -> Cost:
+    """What a site adds to the bits per weight of `sites`."""
+    weights = sum(site.numel for site in sites)
+    return lambda site, format: format.bits(site.rows, site.columns) * site.numel / weights

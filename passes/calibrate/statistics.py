@@ -50,3 +50,10 @@ class InputStatistics:
 def output_error(difference: Tensor, hessian: Tensor) -> float:
     """Mean over rows of |x|^2 of x @ difference.T, for inputs x with this hessian [K, K]; difference [N, K]."""
     return ((difference @ hessian) * difference).sum(dtype=torch.float64).item()
+
+
+def relative_error(rounded: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    """Mean squared error of the outputs by their mean square; 0 where nothing comes out."""
+    rounded, weight = rounded.to(hessian.dtype), weight.to(hessian.dtype)
+    energy = output_error(weight, hessian)
+    return output_error(rounded - weight, hessian) / energy if energy else 0.0
