@@ -173,7 +173,7 @@ def casts_kernel(x_ptr, a, b, c, d, e, f, g, h, t, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n)
     outs = (a, b, c, d, e, f, g, h, t)
-    for k in tl.static_range(len(outs)):
+    for k in tl.static_range(9):
         tl.store(outs[k] + i, x.to(outs[k].dtype.element_ty), mask=i < n)
 
 
