@@ -146,6 +146,39 @@ def test_a_branch_on_positions_bounds_the_length():
     assert torch.equal(logits, model(ids, ids))
 
 
+class Choosing(nn.Module):
+    """Scales by one of two rows, chosen by a `where`, and remembers which."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.table = nn.Embedding(10, 10)
+        self.register_buffer("chosen", torch.ones(10), persistent=False)
+        self.rows = nn.Parameter(torch.randn(2, 10))
+        self.condition = condition
+
+    def forward(self, input_ids, position_ids):
+        self.last = self.chosen = torch.where(self.condition(input_ids, position_ids), *self.rows)
+        return self.table(input_ids) * self.chosen
+
+
+def test_a_choice_by_the_length_bounds_it_and_the_module_stays_what_it_was():
+    model = Choosing(lambda ids, places: places.max() + 1 > 12).eval()
+    graph = trace(model)
+    assert torch.equal(model.chosen, torch.ones(10))
+    assert not hasattr(model, "last")
+    verify(graph)
+    assert (graph.max_length, len(graph.outputs), graph.count(torch.ops.aten.where.self)) == (12, 1, 0)
+    assert [note for note in graph.notes if "at most 12 tokens" in note and "test_trace.py" in note]
+    ids = torch.arange(10)[None]
+    (logits,) = run(graph, {"input_ids": ids, "position_ids": ids}, ModuleSource(model))
+    assert torch.equal(logits, model(ids, ids))
+
+
+def test_a_choice_by_the_tokens_stays():
+    graph = trace(Choosing(lambda ids, places: ids.max() > 5).eval())
+    assert (graph.max_length, graph.count(torch.ops.aten.where.self)) == (None, 1)
+
+
 def test_a_branch_that_every_length_takes_alike_bounds_nothing():
     assert trace(Branching(lambda ids, places: places.min() > 0).eval()).max_length is None
 
