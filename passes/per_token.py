@@ -324,6 +324,16 @@ def index(axis: TokenAxis, node: fx.Node) -> str | None:
     return None if axis.of(source) < first else "it picks tokens"
 
 
+def index_select(axis: TokenAxis, node: fx.Node) -> str | None:
+    """Rows of a table for each token, or the same entries of every token, in another order say."""
+    source, dim, places = node.args
+    if axis.of(source) is None:
+        return None
+    if axis.of(places) is not None or axis.of(source) == dim % len(sizes(source)):
+        return "it picks other tokens"
+    return None
+
+
 def part(axis: TokenAxis, node: fx.Node) -> str | None:
     return None
 
@@ -350,6 +360,7 @@ CHECKS: dict[Any, Check] = {
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), along("dim")),
     **dict.fromkeys((aten.cat.default, aten.stack.default, aten.softmax.int), along("dim")),
     **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.var.correction), along("dim")),
+    aten.index_select.default: index_select,
     **dict.fromkeys((aten.repeat_interleave.self_int, aten.gather.default, aten.scatter.value), along("dim")),
     aten.cumsum.default: cumsum,
     aten.repeat.default: repeat,

@@ -12,7 +12,10 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass
 class Linear:
-    """Random codes [N, K], scales and zero points [N, groups] of one matrix, and the values they stand for."""
+    """Random codes [N, K], scales and zero points [N, groups] of one matrix, and the values they stand for.
+
+    act_order: columns belong to any group, to the same in all matrices of that K, as those that share an input do.
+    """
 
     n: int
     k: int
@@ -40,7 +43,7 @@ class Linear:
             self.zeros = torch.randint(1, top, (self.n, groups), generator=generator)
         self.index = torch.arange(self.k) // (self.group or self.k)
         if self.act_order:
-            self.index = self.index[torch.randperm(self.k, generator=generator)]
+            self.index = self.index[torch.randperm(self.k, generator=torch.Generator().manual_seed(self.k))]
 
     @property
     def values(self) -> Tensor:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import effc
 import pytest
 import torch
 import transformers
+from effc.compiler import interpret
 from effc.compiler.errors import ModelError
 from effc.compiler.load import load
 from effc.compiler.quantized_weights import NotStored, stored_parts
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from . import quantized_checkpoints as published
 from .quantized_checkpoints import Linear, packed_config
-from .test_load import logits, random_model
+from .test_load import IDS, logits, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,6 +103,24 @@ def test_columns_in_act_order_are_put_back(tmp_path: Path):
     recipe = loaded.source.recipes["model.layers.0.mlp.down_proj.weight"]
     with pytest.raises(NotStored, match="takes the stored rows apart"):
         stored_parts(recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*CHECKPOINTS, "gptq in act-order"])
+def test_kernels_compute_with_the_blocks_of_a_checkpoint(tmp_path: Path, kind: str):
+    """As the graph says, with activations of 8 bits, which move the logits of so random a model by a few hundredths."""
+    pack, config, options, _ = CHECKPOINTS[kind.split()[0]]
+    options = options | {"act_order": "act-order" in kind}
+    expected = quantized_folder(tmp_path, pack, config, **options)
+    program = effc.compile(tmp_path, quantize="stored")
+    found, exact = program(IDS), logits(expected)
+    assert (found - exact).norm() <= 0.06 * exact.norm()
+    inputs = {"input_ids": IDS, "position_ids": torch.arange(IDS.shape[1])[None]}
+    (meant,) = interpret.run(program.graphs["forward"], inputs, program.model.source)
+    assert (found - meant).norm() <= 2e-3 * exact.norm()
+    explained = str(program.explain())
+    assert "through ATen" not in explained
+    assert [step.matches for step in program.stages.steps("decode", False) if step.name == "quantize"][-1] == 4
 
 
 @pytest.mark.parametrize(

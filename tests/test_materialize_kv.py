@@ -191,6 +191,12 @@ def test_a_hand_written_model_gets_a_cache():
     agree(model, graph, graphs, padding=False)
 
 
+def test_features_in_another_order_are_still_each_tokens_own():
+    model, graph = compiled(lambda m, x, mask, places: attend(m, torch.index_select(x, 2, torch.arange(15, -1, -1))))
+    graph = drop_padding(graph)
+    agree(model, graph, graphs_of(graph), padding=False)
+
+
 def test_a_window_is_one_of_the_cached_attention():
     def attends_to_three(m: Model, x: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         place = torch.arange(mask.shape[1])
@@ -229,6 +235,10 @@ REFUSED = {
     "a running sum": (lambda m, x, mask, places: attend(m, x).cumsum(1), r"cumsum .* over the tokens"),
     "a mean over tokens": (lambda m, x, mask, places: attend(m, x) + x.mean(1, keepdim=True), "over the tokens"),
     "the first token": (lambda m, x, mask, places: attend(m, x) + x[:, :1], "slices along the tokens"),
+    "tokens by an index": (
+        lambda m, x, mask, places: attend(m, x) + torch.index_select(x, 1, places[0]),
+        "picks other tokens",
+    ),
     "a token picked": (lambda m, x, mask, places: attend(m, x) + x[:, -1][:, None], "picks one token"),
     "shifted tokens": (
         lambda m, x, mask, places: attend(m, torch.cat((x[:, :1] * 0, x), dim=1)[:, :-1]),
