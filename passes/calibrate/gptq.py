@@ -19,6 +19,7 @@ from ...compiler.round_to_nearest import kept_scales, nearest_values, round_unde
 from .grid import DAMPING, Scales, damped, search_scales
 
 BLOCK = 128
+LARGEST_DAMPING = 1e6
 
 
 def round_gptq(
@@ -75,10 +76,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor U of inverse(hessian + damping), U^T U; damping grows until there is one."""
     if not hessian.isfinite().all():
         raise InputError("GPTQ: the inputs of this linear are not finite on the calibration text")
-    while True:
+    while damping < LARGEST_DAMPING:
         lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return factor
         damping *= 10
+    raise InputError("GPTQ: the second moments of this linear's inputs have no inverse")

@@ -45,9 +45,11 @@ def parameters(before: Graph, calibration: Calibration, source: TensorSource | N
     """
     graph, found = calibration.graph, Parameters()
     made: dict[str, str] = {}
+    as_before: set[str] = set()
     for placeholder, recipe in graph.weights.items():
         assignment = calibration.assignments.get(placeholder)
         if assignment is None and recipe == before.weights.get(placeholder):
+            as_before |= set(recipe.names())
             continue
         values = None if assignment is not None else evaluate(recipe, source)
         start = 0
@@ -63,11 +65,11 @@ def parameters(before: Graph, calibration: Calibration, source: TensorSource | N
                 new = values.narrow(0, start, rows)
                 found.values[name] = new.t() if transposed else new
             start += rows
-    kept = {name for recipe in graph.weights.values() for name in recipe.names()}
-    for recipe in before.weights.values():
-        for read in reads(recipe):
-            if read.name not in kept or (read.name not in made and is_folded(read.name, graph)):
-                found.values[read.name] = torch.ones(read.shape, dtype=read.dtype)
+    for placeholder, recipe in before.weights.items():
+        for name in set(recipe.names()) - as_before - made.keys():  # the scale of a norm that is folded into matrices
+            if not isinstance(recipe, Read):
+                raise ModelError(f"{placeholder} is folded into others, and no parameter but {recipe}")
+            found.values[name] = torch.ones(recipe.shape, dtype=recipe.dtype)
     return found
 
 
@@ -89,22 +91,3 @@ def rows_of(recipe: Weight, placeholder: str) -> Iterator[tuple[str, int, bool]]
             yield from rows_of(source, placeholder)
         case _:
             raise ModelError(f"{placeholder} is not made of whole parameters but by {recipe}")
-
-
-def reads(recipe: Weight) -> Iterator[Read]:
-    if isinstance(recipe, Read):
-        yield recipe
-    for source in recipe.inputs:
-        yield from reads(source)
-
-
-def is_folded(name: str, graph: Graph) -> bool:
-    """Whether a parameter is only left as a factor of matrices: the scale of a norm that was folded into them."""
-    return all(name not in (read.name for read in reads(unscaled(recipe))) for recipe in graph.weights.values())
-
-
-def unscaled(recipe: Weight) -> Weight:
-    """The matrix that a rotated reader is made of, without the scale that was folded into it."""
-    while isinstance(recipe, Cast | Call | Multiply):
-        recipe = recipe.left if isinstance(recipe, Multiply) else recipe.inputs[0]
-    return recipe
