@@ -105,10 +105,12 @@ def scores(heads: int, groups: int, size: int, dtype: torch.dtype) -> list[Kerne
     def function(q: Tensor, k: Tensor, v: Tensor, s: Tensor, t0: Tensor, t1: Tensor, p: Tensor) -> tuple[Tensor, ...]:
         biased = {"bias": "t0[h] * (k - q)", "visible": "(t1[b, q] == t1[b, k]) | (k // 3 < 2)", "tables": [t0, t1]}
         capped = {"window": 6, "softcap": 30.0, "sinks": s}
+        chunks = {"visible": "(k < 4) | ((k - t0[b]) // 8 == (q - t0[b]) // 8)", "tables": [p]}
         return (
             effc.attention(q, k, v, 0.2, True, **biased, sinks=s),
             effc.attention(q, k, v, 0.2, True, **capped),
-            effc.cached_attention(q, k, v, p, 0.2, **capped),
+            effc.cached_attention(q, k, v, p, 0.2, **capped, **chunks),
+            effc.cached_attention(q[:, :, :1], k, v, p, 0.2, **chunks),
             effc.cached_attention(q[:, :, :1], k, v, p, 0.2, **biased),
             effc.cached_attention(q[:, :, :1], k, v, p, 0.2, **capped),
             effc.cached_attention(q, k, v, p, 0.2, ring=2, visible="(k < 2) | (q - k < 3)"),
