@@ -174,7 +174,7 @@ def place_parts(scope: Scope, weight: fx.Node) -> None:
 
 def panel_of(rows: int, target: Target) -> int:
     """Columns of a program: as many as the target likes, fewer where that leaves less to fill up."""
-    block = target.linear_large.n
+    block = target.quantized.n
     while block > 16 and rows % block:
         block //= 2
     return block

@@ -6,16 +6,20 @@ from __future__ import annotations
 import pytest
 import torch
 from effc.compiler.activation_formats import dequantize_rows, find_activation, quantize_rows
-from effc.compiler.formats import FORMATS, Format, find
+from effc.compiler.formats import Format, find
 from torch import Tensor
 from torch.nn import functional as F
 
 from .graphs import Compiled, random
+from .on_cpu import some_slow
 
 effc = torch.ops.effc
 ROWS = (1, 2, 3, 4, 7, 8, 16, 17, 33, 128)
-KERNELS = [format for format in FORMATS.values() if format.book is None and format.code_dtype == torch.int8]
-QUICK = {"q4_1", "q6_k"}
+BLOCKS = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"]
+OWN = [f"int{bits}{suffix}" for bits in (8, 4, 3, 2) for suffix in ("", "_g32", "a_g64", "z_g128")]
+QUICK = [("q4_1", "int8_g32"), ("q6_k", "int8_g32")]
+SLOW = [(name, "int8_g32") for name in (*BLOCKS, *OWN)]
+SLOW += [(name, None) for name in ("q8_0", "q4_1", "q6_k", "int4", "int3z_g128", "int2_g32")]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,10 +64,7 @@ def columns_for(format: Format, columns: int) -> int:
     return max(1, round(columns / unit)) * unit
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(f.name, marks=() if f.name in QUICK else pytest.mark.slow) for f in KERNELS]
-)
-@pytest.mark.parametrize("activation", ["int8_g32", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "activation"), some_slow([*QUICK, *(row for row in SLOW if row not in QUICK)], QUICK))
 def test_every_format_at_every_row_count(name: str, activation: str | None) -> None:
     format = find(name)
     n, k = 70, columns_for(format, 200)

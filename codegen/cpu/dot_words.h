@@ -106,27 +106,38 @@ struct WordsInPlace {
   }
 };
 
+// Rows i, i + 1, ... of a[rows][BK] * b[BK / 4][BN] by blocks of Count, the rest by smaller ones: of every size where a tile
+// has few rows, else of 4, 2 and 1, which is less to compile.
+template <typename P, int Lanes, int BM, int BN, int BK, int Count, typename F>
+static inline void multiply_blocks(Operand<int8_t> a, WordsInPlace<P> b, int64_t i, F finish) {
+  constexpr int wide = Count * 4 <= max_rows<Lanes> * 2 ? 4 : 2, vecs = BN / Lanes < wide ? BN / Lanes : wide;
+  const int64_t words = (a.depth + 3) / 4;
+  alignas(64) int32_t panel[Count * (BK / 4)], excess[Count];
+  for (; i + Count <= a.count; i += Count) {
+    const Operand<int8_t> part = {a.at(0, i), a.k_stride, a.x_stride, a.depth, Count};
+    Rows<P> rows = {(const char *)panel, BK, excess};
+    if (a.k_stride == 1 && a.depth % 4 == 0)
+      rows.first = (const char *)part.from, rows.stride = a.x_stride;
+    else
+      pack_rows<P, 1>(part, panel, BK / 4);
+    if constexpr (P::right_offset != 0) find_excess<P, Lanes>(rows, Count, words, excess);
+    for (int j = 0; j < BN; j += vecs * Lanes)
+      multiply_tile<P, Lanes, Count, vecs>(rows, b.after(j), words, finish, i, j);
+  }
+  constexpr int smaller = BM <= 16 ? Count - 1 : Count == 6 ? 4 : Count / 2;
+  if constexpr (smaller > 0) multiply_blocks<P, Lanes, BM, BN, BK, smaller>(a, b, i, finish);
+}
+
 // a[BM][BK] * b, which is words of 4 bytes [BK / 4][BN], 0 .. Most or, where that is 255, int8; handed to `finish`. Only
 // the first rows and depth of BM and BK are read of a.
 template <int Lanes, int BM, int BN, int BK, int Most, typename F>
 static inline void multiply_words(const int8_t *a, int64_t a_row, int64_t a_col, const int32_t *b, int64_t b_row,
                                   int64_t rows, int64_t depth, F finish) {
   typedef WordQuads<Most, BK> P;
-  constexpr int block = BM < max_rows<Lanes> ? BM : max_rows<Lanes>;
   rows = rows < BM ? rows : BM;
   depth = depth < 0 ? 0 : depth < BK ? depth : BK;
-  const int64_t words = (depth + 3) / 4;
-  alignas(64) int32_t panel[block * (BK / 4)], excess[block];
-  for (int64_t i = 0; i < rows; i += block) {
-    Operand<int8_t> part = {a + i * a_row, a_col, a_row, depth, rows - i < block ? rows - i : block};
-    Rows<P> rows_of_words = {(const char *)panel, BK, excess};
-    if (a_col == 1 && depth % 4 == 0)
-      rows_of_words.first = (const char *)part.from, rows_of_words.stride = a_row;
-    else
-      pack_rows<P, 1>(part, panel, BK / 4);
-    if constexpr (P::right_offset != 0) find_excess<P, Lanes>(rows_of_words, part.count, words, excess);
-    multiply_rows<P, Lanes, BN, block>(part.count, rows_of_words, WordsInPlace<P>{b, b_row}, words, finish, i);
-  }
+  constexpr int block = BM < max_rows<Lanes> ? BM : max_rows<Lanes>;
+  multiply_blocks<P, Lanes, BM, BN, BK, block>({a, a_col, a_row, depth, rows}, WordsInPlace<P>{b, b_row}, 0, finish);
 }
 
 // acc[BM][BN] += a[BM][BK] * b as words.
