@@ -64,8 +64,9 @@ def columns_for(format: Format, columns: int) -> int:
     return max(1, round(columns / unit)) * unit
 
 
-@pytest.mark.parametrize(("name", "activation"), some_slow([*QUICK, *(row for row in SLOW if row not in QUICK)], QUICK))
-def test_every_format_at_every_row_count(name: str, activation: str | None) -> None:
+@pytest.mark.parametrize("pair", some_slow([*QUICK, *(pair for pair in SLOW if pair not in QUICK)], QUICK), ids=str)
+def test_every_format_at_every_row_count(pair: tuple[str, str | None]) -> None:
+    name, activation = pair
     format = find(name)
     n, k = 70, columns_for(format, 200)
     parts = parts_of(format, n, k)
