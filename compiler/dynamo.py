@@ -116,7 +116,7 @@ def _functional(function: Callable[..., Any]) -> Callable[..., Any]:
     return functional
 
 
-CASTS = frozenset(torch.ops.aten.to.__getattr__(name) for name in ("dtype", "dtype_layout", "device", "other"))
+CASTS = frozenset(getattr(torch.ops.aten.to, name) for name in ("dtype", "dtype_layout", "device", "other"))
 
 
 def _drop_casts_to_themselves(nodes: fx.Graph) -> None:
