@@ -9,6 +9,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +53,23 @@ class Manifest:
     outputs: tuple[Output, ...]
     segments: int
 
+    @cached_property
+    def given(self) -> tuple[RunBuffer, ...]:
+        """The inputs and states, which each call brings."""
+        return tuple(buffer for buffer in self.buffers if buffer.kind in ("input", "state"))
+
 
 class Frame:
     """The buffers of one call by name, and its runtime sizes."""
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         self.sizes = runtime_sizes(manifest, tensors)
-        self.buffers: dict[str, Tensor] = {}
-        for buffer in manifest.buffers:
-            if buffer.kind == "weight":
-                self.buffers[buffer.name] = weights[buffer.name]
-            elif buffer.kind in ("input", "state"):
-                tensor = tensors[buffer.name]
-                if tensor.dtype != buffer.dtype:
-                    raise InputError(f"{buffer.name} must be {buffer.dtype}, found {tensor.dtype}")
-                self.buffers[buffer.name] = tensor
+        self.buffers: dict[str, Tensor] = dict(weights)
+        for buffer in manifest.given:
+            tensor = tensors[buffer.name]
+            if tensor.dtype != buffer.dtype:
+                raise InputError(f"{buffer.name} must be {buffer.dtype}, found {tensor.dtype}")
+            self.buffers[buffer.name] = tensor
 
 
 def runtime_sizes(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[int, ...]:
@@ -109,8 +112,12 @@ class Executable:
         ]
 
     def __call__(self, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run on contiguous inputs and states; returns the outputs. States are updated in place."""
+        """Run on contiguous inputs and states; returns the outputs. States are updated in place.
+
+        weights: by buffer; the tensors of one mapping stay the same from call to call.
+        """
         frame = Frame(self.manifest, tensors, weights)
+        self.hold(weights)
         for name, dtype, elements in self.allocations:
             frame.buffers[name] = torch.empty(elements(*frame.sizes), dtype=dtype, device=self.device)
         for position in range(self.manifest.segments):
@@ -122,6 +129,9 @@ class Executable:
             sizes, strides, offset = view(*frame.sizes)
             results.append(strided(frame.buffers[buffer], sizes, strides, offset))
         return results
+
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """Called before each run with its weights."""
 
     def run_segment(self, position: int, frame: Frame) -> None:
         raise NotImplementedError
@@ -148,6 +158,10 @@ class NativeExecutable(Executable):
         self.arena = torch.empty(0, dtype=torch.uint8)
         self.size_array = (ctypes.c_int64 * max(1, len(manifest.sizes)))()
         self.pointers = (ctypes.c_void_p * max(1, len(manifest.buffers)))()
+        self.weights: Mapping[str, Tensor] | None = None
+        places = list(enumerate(buffer.name for buffer in manifest.buffers))
+        self.of_weights = [(i, name) for i, name in places if manifest.buffers[i].kind == "weight"]
+        self.of_calls = [(i, name) for i, name in places if manifest.buffers[i].kind != "weight"]
         self.bound_sizes: tuple[int, ...] | None = None
         self.lock = threading.Lock()
 
@@ -155,6 +169,13 @@ class NativeExecutable(Executable):
         """Run; threads that call the same graph take turns, since it has one arena."""
         with self.lock:
             return super().__call__(tensors, weights)
+
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """Weights are hundreds: their addresses are looked up once for each mapping of them."""
+        if weights is not self.weights:
+            for i, name in self.of_weights:
+                self.pointers[i] = weights[name].data_ptr()
+            self.weights = weights
 
     def run_segment(self, position: int, frame: Frame) -> None:
         if frame.sizes != self.bound_sizes:
@@ -168,8 +189,8 @@ class NativeExecutable(Executable):
             if self.arena.numel() < needed:
                 self.arena = torch.empty(needed, dtype=torch.uint8)
             self.bound_sizes = frame.sizes
-        for i, buffer in enumerate(self.manifest.buffers):
-            tensor = frame.buffers.get(buffer.name)
+        for i, name in self.of_calls:
+            tensor = frame.buffers.get(name)
             self.pointers[i] = None if tensor is None else tensor.data_ptr()
         arena = -(-self.arena.data_ptr() // 64) * 64
         self.functions[position](self.pointers, self.size_array, arena, torch.get_num_threads())
