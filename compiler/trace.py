@@ -228,7 +228,10 @@ def _tighter_bounds(bounds: Bounds, message: str) -> Bounds:
         bounds[name] = {key: int(value) for key, value in re.findall(r"(min|max)=(\d+)", options)}
         if bounds[name].get("max") in unequal:
             bounds[name]["max"] -= 1
-    if not found and unequal:  # `128*S != 16384`: a product of the largest size with another
+    violated = re.search(r"Constraints violated \((\w)\)", message)
+    if not found and unequal and not bounds and violated:  # `64 - max(0, 64 - S) != 64`: up to where a table ends
+        bounds[violated[1]] = {"max": min(unequal) - 1}
+    elif not found and unequal:  # `128*S != 16384`: a product of the largest size with another
         for limits in bounds.values():
             if any(size % limits.get("max", size + 1) == 0 for size in unequal):
                 limits["max"] -= 1
@@ -244,7 +247,10 @@ def _refusal(module: nn.Module, wrapper: nn.Module, inputs: dict[str, Tensor], e
         if fixed[1] == "S" and (mixing := _mixing_of_tokens(wrapper, inputs)):
             reason += f"; tokens are mixed by {mixing}"
     else:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        guard = next((line for line in lines if line.startswith("- Not all values of")), None)
+        reason = lines[0] if guard is None else re.sub(r" = L\[\S+ in the specified range", "", guard[2:])
+        reason = re.sub(r"L\['inputs'\]\[\d\]\.size\(\)\[(\d)\]", lambda size: "BS"[int(size[1])], reason)
     return f"{type(module).__name__} cannot be traced with a symbolic batch and length: {reason}"
 
 

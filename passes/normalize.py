@@ -11,6 +11,7 @@
     add.Scalar(x, 2), div(x, full([], 2))              -->  add.Tensor(x, 2), div.Tensor(x, 2)
     x * x, square(x), pow(x, 2.0)                      -->  pow(x, 2)
     outer(x, y)                                        -->  unsqueeze(x, 1) * y
+    index_select(table, 0, ids)                        -->  embedding(table, ids)
     einsum(a product of matrices)                      -->  matmul, permute (`einsum`)
     __and__, logical_and of bools                      -->  bitwise_and
     sym_size of anything                               -->  sym_size of the first input with that size, or an int
@@ -268,6 +269,14 @@ def to_product(match: Match) -> fx.Node:
     return match.call(aten.mul.Tensor, column, match["y"])
 
 
+def to_embedding(match: Match) -> fx.Node | None:
+    """Rows of a matrix."""
+    table, dim, ids = match.root.args
+    if table.meta["val"].ndim != 2 or dim % 2 != 0 or ids.meta["val"].ndim != 1:
+        return None
+    return match.call(aten.embedding.default, table, ids)
+
+
 def to_square(match: Match) -> fx.Node:
     return match.call(aten.pow.Tensor_Scalar, match["x"], 2)
 
@@ -347,6 +356,7 @@ RULES = (
     Rule("add_zero", ADD_ZERO, to_input_if_same),
     Rule("times_one", TIMES_ONE, to_input_if_same),
     Rule("outer", OUTER, to_product),
+    Rule("rows", op(aten.index_select.default, X, any_("dim"), tensor("ids")), to_embedding),
     Rule("square", SQUARE, to_square),
     Rule("power", POWER, to_known_power),
     Rule("logical", call_of(LOGICAL), to_bitwise),

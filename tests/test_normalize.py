@@ -66,6 +66,8 @@ SAME = [
     ("squares", lambda x: torch.relu(torch.square(x) + x * x + x**2.0), {"pow": 1, "add": 2}),
     ("powers of one half", lambda x: torch.relu(x.abs() ** -0.5), {"abs": 1, "rsqrt": 1}),
     ("a number as a tensor", lambda x: torch.relu(x / torch.full((), 3.0)), {"div": 1}),
+    ("rows", lambda x: torch.relu(x.index_select(0, x[:, 0].argsort())), {"select": 1, "argsort": 1, "embedding": 1}),
+    ("columns", lambda x: x.index_select(1, x[0].argsort()).relu(), {"select": 1, "argsort": 1, "index_select": 1}),
 ]
 
 

@@ -7,6 +7,7 @@ import copy
 import effc
 import pytest
 import torch
+import transformers
 from effc.compiler.errors import ModelError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -134,3 +135,41 @@ def test_a_stranger_that_cannot_be_cached_gives_logits_and_tells_why_it_has_no_c
     with pytest.raises(ModelError, match=reason) as error:
         program.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=2)
     assert "\n" not in str(error.value)
+
+
+SMALL = {
+    "vocab_size": WORDS,
+    "hidden_size": SIZE,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+STRANGERS = {
+    "Apertus": GROUPED,  # xIELU, norms of q and k
+    "BioGpt": SMALL,  # learned positions that count what is visible
+    "Cohere2": {**GROUPED, **MIXED},  # no rope where attention is full
+    "DiffLlama": GROUPED,  # the difference of two attentions
+    "GPTBigCode": {"vocab_size": WORDS, "n_embd": SIZE, "n_layer": 2, "n_head": HEADS, "n_positions": 64},
+    "Nemotron": GROUPED,  # layer norm by weight + 1, squared ReLU
+    "Persimmon": SMALL,  # one product for q, k and v, norms of q and k, partial rope
+}
+"""Classes of transformers that are in no table of families."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_stranger_from_transformers_equals_eager(name: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**STRANGERS[name], initializer_range=0.2, pad_token_id=0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
+    program = effc.compile(model)
+    check_logits(model, program, (17, 3))
+    ids = torch.randint(1, WORDS, (2, 7), generator=torch.Generator().manual_seed(4))
+    found = program.generate(ids, max_new_tokens=8, ignore_eos=True)
+    for _ in range(8):
+        ids = torch.cat((ids, eager_logits(model, {"input_ids": ids})[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert found.tolist() == ids.tolist()
+    assert not program.built("decode").summary.fallbacks
