@@ -30,6 +30,7 @@ aten, effc = torch.ops.aten, torch.ops.effc
 
 ATTENTIONS = frozenset({effc.attention.default, effc.cached_attention.default})
 NORMS = frozenset({effc.rms_norm.default, aten.layer_norm.default})
+EXPERTS = frozenset({effc.experts.default, effc.moe.default})
 LINEARS = frozenset({effc.linear.default, effc.gated_linear.default})
 PRODUCTS = {
     aten.linear.default: 1,
@@ -123,12 +124,13 @@ def anatomy(program: Program) -> Anatomy:
     nodes = Counter(node.target for node in fused.nodes)
     return Anatomy(
         attention=dict(Counter(kind_of_attention(node) for node in fused.nodes if node.target in ATTENTIONS)),
-        experts=sum(count for op, count in nodes.items() if "moe" in str(op)),
+        experts=sum(count for op, count in nodes.items() if op in EXPERTS),
         norms=sum(nodes[op] for op in NORMS),
         ropes=nodes[effc.rope.default],
         linears=(sum(is_linear(traced, node) for node in traced.nodes), sum(nodes[op] for op in LINEARS)),
         left={str(op): nodes[op] for op in sorted(FORMS, key=str) if nodes[op]},
-        per_block={"eager": calls_per_block(traced)} | {kind: launches_per_block(x) for kind, x in scheduled.items()},
+        per_block={"eager": calls_per_block(traced)}
+        | {kind: launches_per_block(x, kind) for kind, x in scheduled.items()},
         through_aten={
             kind: [str(step.node.target) for step in one.schedule.fallbacks] for kind, one in scheduled.items()
         },
@@ -170,15 +172,16 @@ def calls_per_block(traced: Graph) -> float:
     return longest.total() / len(longest) if longest else 0.0
 
 
-def launches_per_block(scheduled: Scheduled) -> float:
+def launches_per_block(scheduled: Scheduled, kind: str) -> float:
     """Launches from one attention to the next, on average; of the whole graph where there is only one."""
     sites = {node.name for node in scheduled.scope.graph.nodes if node.target in ATTENTIONS}
-    steps = scheduled.schedule.steps
     first: dict[str, int] = {}
-    for position, step in enumerate(steps):
+    count = 0
+    for step in scheduled.schedule.steps:
         for name in sites.intersection(names_of(step)):
-            first.setdefault(name, position)
-    return (max(first.values()) - min(first.values())) / (len(first) - 1) if len(first) > 1 else float(len(steps))
+            first.setdefault(name, count)
+        count += len(step.launches_of(one_row=kind == "decode")) or isinstance(step, Fallback)
+    return (max(first.values()) - min(first.values())) / (len(first) - 1) if len(first) > 1 else float(count)
 
 
 def names_of(step: Any) -> list[str]:

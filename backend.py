@@ -27,6 +27,7 @@ from .codegen.schedule import schedule
 from .codegen.target import CPU, CUDA
 from .compiler.dynamo import trace_dynamo
 from .compiler.errors import InputError, ModelError
+from .compiler.estimate import readable
 from .compiler.evaluate import evaluate
 from .compiler.files import write_atomically
 from .compiler.graph import Graph, is_tensor, size_expr
@@ -35,7 +36,7 @@ from .compiler.options import check_rounding
 from .compiler.schemes import scheme_of
 from .compiler.weights import Concat, Read, Weight
 from .passes import pipeline
-from .report import GraphExplanation, dump_schedule, explain_graph
+from .report import GraphExplanation, dump_schedule, explain_graph, shortened
 from .runtime.store import cache_dir
 
 OPTIONS = ("passes", "skip", "dump", "rounding", "quantize")
@@ -95,7 +96,7 @@ def compile_graph(
         executable = NativeExecutable(manifest, library, fallbacks)
     else:
         executable = TritonExecutable(scheduled.schedule, names, manifest, fallbacks, device)
-    explanation = explain_graph(scheduled, report.steps, graph.notes)
+    explanation = explain_graph(scheduled, report.steps, [*graph.notes, *held_twice(scheduled.recipes)])
     if dump is not None:
         dump_schedule(scheduled, dump, target)
         write_atomically(dump / "index.txt", f"{report}\n{explanation}\n")
@@ -209,6 +210,18 @@ class Arguments:
 
     def read(self, name: str) -> Tensor:
         return self.arguments[self.positions[name]].detach()
+
+
+def held_twice(recipes: Mapping[str, Weight]) -> list[str]:
+    """What a reader should know of parameters whose copy in another form lies beside them."""
+    copies = [
+        recipe for recipe in recipes.values() if recipe.names() and not (isinstance(recipe, Read) or is_join(recipe))
+    ]
+    names = list(dict.fromkeys(name for recipe in copies for name in recipe.names()))
+    total = sum(recipe.numel * recipe.dtype.itemsize for recipe in copies)
+    if not copies:
+        return []
+    return [f"kernels read a copy of parameters in another form, {readable(total)}: {shortened(names)}"]
 
 
 def is_join(recipe: Weight) -> bool:

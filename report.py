@@ -123,7 +123,7 @@ def explain_graph(scheduled: Scheduled, steps: Iterable[Step], notes: Iterable[s
         passes=tuple((step.name, step.matches, step.seconds) for step in steps),
         misses=tuple(miss for step in steps for miss in step.misses),
         kernels=tuple(KernelUse(name, count, tuple(nodes[name])) for name, count in launches.items()),
-        launches=sum(bool(step.launches) for step in schedule.steps),
+        launches=schedule.launch_count(one_row=schedule.name == "decode"),
         segments=len(schedule.fallbacks) + 1,
         missing=missing,
         notes=tuple(notes),

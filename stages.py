@@ -139,10 +139,9 @@ def build(stages: Stages, kind: str, padded: bool, target: CpuTarget, libraries:
     library = build_native(scheduled.schedule, plan, names, target, libraries)
     stages.seconds[f"build {kind}"] = time.perf_counter() - start
     resolve = getattr(stages.model.source, "resolve", lambda recipe: recipe)
-    steps = scheduled.schedule.steps
     summary = Summary(
         kernels=tuple(kernel.symbol for kernel in scheduled.schedule.kernels),
-        launches=sum(bool(step.launches) for step in steps),
+        launches=scheduled.schedule.launch_count(one_row=kind == "decode"),
         fallbacks=tuple(f"{step.node.name}: {step.reason}" for step in scheduled.schedule.fallbacks),
         passes=tuple((step.name, step.matches, step.seconds) for step in stages.steps(kind, padded)),
         traced_calls=sum(node.op == "call_function" for node in stages.traced.nodes),

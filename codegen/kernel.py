@@ -207,6 +207,9 @@ class Launch:
     def launches(self) -> tuple[Launch, ...]:
         return (self,)
 
+    def launches_of(self, one_row: bool) -> tuple[Launch, ...]:
+        return (self,)
+
     @property
     def buffers(self) -> Iterator[Buffer]:
         return (argument.buffer for argument in self.arguments if isinstance(argument, Pointer))
@@ -214,9 +217,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Choice:
-    """The first launch list whose condition on the runtime sizes holds; the last one's condition is true."""
+    """The first launch list whose condition on the runtime sizes holds; the last one's condition is true.
+
+    The conditions bound the rows from above: the first holds for one row, the last for many.
+    """
 
     cases: tuple[tuple[sympy.Basic, tuple[Launch, ...]], ...]
+
+    def launches_of(self, one_row: bool) -> tuple[Launch, ...]:
+        return self.cases[0 if one_row else -1][1]
 
     @property
     def launches(self) -> tuple[Launch, ...]:
@@ -236,6 +245,9 @@ class Fallback:
     arguments: tuple[Layout, ...]
     results: tuple[Layout, ...]
     launches: tuple[Launch, ...] = ()
+
+    def launches_of(self, one_row: bool) -> tuple[Launch, ...]:
+        return ()
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -263,6 +275,10 @@ class Schedule:
     def kernels(self) -> list[Kernel]:
         """The distinct kernels, in order of first use."""
         return list(dict.fromkeys(launch.kernel for step in self.steps for launch in step.launches))
+
+    def launch_count(self, one_row: bool) -> int:
+        """How much is launched for one row, which is a token decoded, or for many."""
+        return sum(len(step.launches_of(one_row)) for step in self.steps)
 
     @property
     def fallbacks(self) -> list[Fallback]:

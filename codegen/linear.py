@@ -80,7 +80,7 @@ def {{ name }}({{ header }}):
 
     for k in range(0, {{ k }}, BLOCK_K):
         x = tl.load(x_rows + (k + inner)[None, :], mask=in_rows
-            {{- " & ((k + inner)[None, :] < " ~ k ~ ")" if masks_k }}, other=0.0)
+            {{- " & ((k + inner)[None, :] < " ~ k ~ ")" if masks_k }}, other=0.0){{ x_cast }}
 #% for part in parts
 #% if packed
         {{ part.tile }} = tl.load({{ part.weight }} + (k + inner)[:, None] * BLOCK_N + col[None, :]
@@ -166,7 +166,7 @@ def lower(scope: Scope, node: fx.Node) -> None:
         raise NoKernel("the sizes of a linear's weight must be known when compiling")
     if residual is not None and sizes(residual) != sizes(node):
         raise NoKernel(f"a residual of {sizes(residual)} added to {sizes(node)} has no kernel")
-    case = Case(scope, node, gated, activation)
+    case = Case(scope, node, weight, dtype_of(node), gated, activation)
     norm_launches = case.read(x)
     case.weight = scope.weight(weight)
     case.bias = None if bias is None else scope.contiguous(bias)
@@ -184,16 +184,24 @@ def lower(scope: Scope, node: fx.Node) -> None:
 
 
 class Case:
-    """One linear to lower: its operands and what its kernels have in common."""
+    """One linear to lower: its operands and what its kernels have in common. dtype: what results are rounded to."""
 
-    def __init__(self, scope: Scope, node: fx.Node, gated: bool, activation: str) -> None:
-        self.scope, self.node, self.gated, self.activation = scope, node, gated, activation
+    def __init__(
+        self,
+        scope: Scope,
+        node: fx.Node,
+        matrix: fx.Node,
+        dtype: torch.dtype,
+        gated: bool = False,
+        activation: str = "none",
+    ) -> None:
+        self.scope, self.node, self.dtype, self.gated, self.activation = scope, node, dtype, gated, activation
         self.x: Layout
         self.weight: Layout | Packed
         self.bias: Layout | None = None
         self.residual: Layout | None = None
         self.out: Layout
-        rows, depth = (int(size) for size in sizes(node.args[1]))
+        rows, depth = map(int, sizes(matrix))
         self.n = rows // 2 if gated else rows
         self.k = depth
         self.norm: Norm | None = None
@@ -265,7 +273,7 @@ class Case:
         residual = None
         if self.residual is not None:
             residual = "residual_ptr + out_col" + (f", mask={mask}, other=0.0" if mask else "")
-        text = epilogue(dtype_of(self.node), self.gated, self.bias is not None, residual, self.activation, self.n, mask)
+        text = epilogue(self.dtype, self.gated, self.bias is not None, residual, self.activation, self.n, mask)
         return arguments.launch(
             self.kernel_name("gemv" if self.norm is None else "norm_gemv"),
             GEMV,
@@ -289,6 +297,7 @@ class Case:
         arguments.constant("BLOCK_N", block_n)
         arguments.constant("BLOCK_K", block_k)
         masks_k, masks_n = self.k % block_k != 0, self.n % block_n != 0
+        weight_dtype = self.weight.buffer.dtype
         conditions = []
         if masks_n:
             conditions.append(f"(panel * BLOCK_N + col < {self.n})[None, :]")
@@ -297,7 +306,7 @@ class Case:
         mask = "in_rows" + (f" & (out_col < {self.n})" if masks_n else "")
         residual = f"residual_ptr + row[:, None].to(tl.int64) * {self.n} + out_col, mask={mask}, other=0.0"
         text = epilogue(
-            dtype_of(self.node),
+            self.dtype,
             self.gated,
             self.bias is not None,
             residual if self.residual is not None else None,
@@ -314,6 +323,7 @@ class Case:
             m=m,
             x_stride=x_stride,
             masks_k=masks_k,
+            x_cast="" if self.x.buffer.dtype == weight_dtype else f".to({TL_TYPES[weight_dtype]})",
             col_mask=" & ".join(conditions),
             epilogue=text,
             **self.common(block_n),

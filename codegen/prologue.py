@@ -23,7 +23,7 @@ from .template import Arguments, power_of_two
 aten = torch.ops.aten
 
 NORMS = frozenset({OPS["rms_norm"].target, aten.layer_norm.default})
-PRODUCTS = frozenset(OPS[name].target for name in ("linear", "gated_linear", "fake_quantize"))
+PRODUCTS = frozenset(OPS[name].target for name in ("linear", "gated_linear", "moe", "fake_quantize"))
 
 
 @dataclass

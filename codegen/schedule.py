@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch import fx
 
-from ..compiler.gate_expressions import has_gate
 from ..compiler.graph import Graph, dtype_of, is_tensor, size_expr, sizes
 from ..compiler.pattern import arguments
-from ..compiler.weights import Weight
+from ..compiler.weights import Read, Reshape, Transpose, Weight
 from . import linear, quantized, rope
 from .decompose import decompose
 from .domain import NoKernel, Store
@@ -36,7 +35,7 @@ from .scope import Scope
 from .table import TEMPLATES, WRITES
 from .target import Target
 from .units import Plan, Unit, is_empty
-from .views import is_view, view_layout, view_source
+from .views import is_view, reshape_strides, view_layout, view_source
 
 aten, effc = torch.ops.aten, torch.ops.effc
 
@@ -151,7 +150,9 @@ def place_placeholders(scope: Scope, result: Schedule, pack: bool) -> None:
         scope.layouts[node] = Layout(buffer, ZERO, shape, contiguous_strides(shape) if kind == "weight" else strides)
         if kind == "weight":
             scope.recipes[node.name] = graph.weights[node.name]
-            if pack and (block := panel_width(node, scope.target)):
+            if not pack:
+                read_in_place(scope, node)
+            elif block := panel_width(node, scope.target):
                 scope.pack(node, block)
         else:
             result.inputs[node.name] = scope.layouts[node]
@@ -181,15 +182,53 @@ def packed_rows(user: fx.Node, weight: fx.Node) -> int | None:
     """How many rows of a weight its reader multiplies with at a time; None where that does not take panels."""
     named = arguments(user)
     gated = user.target is effc.gated_linear.default
-    if user.target is effc.moe.default:
-        name = next((name for name in ("up", "down") if named[name] is weight), None)
-        gated = name == "up" and has_gate(named["activation"])
-    else:
-        name = "weight" if user.target in (effc.linear.default, effc.gated_linear.default) else None
-    if name is None or named[name] is not weight or list(named.values()).count(weight) > 1:
+    names = READ_IN_PANELS.get(user.target, ())
+    if not any(named[name] is weight for name in names) or list(named.values()).count(weight) > 1:
         return None
     rows = int(sizes(weight)[-2])
     return rows // 2 if gated else rows
+
+
+def read_in_place(scope: Scope, weight: fx.Node) -> None:
+    """Where a weight is a stored tensor seen in another way, and its readers take strides, they read that tensor."""
+    seen = strides_in_file(scope.recipes[weight.name])
+    if seen is None:
+        return
+    stored, strides = seen
+    layout = scope.layouts[weight]
+    if strides == layout.strides or all(takes_strides(user, weight) for user in weight.users):
+        scope.recipes[weight.name] = stored
+        scope.layouts[weight] = replace(layout, strides=strides)
+
+
+def strides_in_file(recipe: Weight) -> tuple[Read, tuple[sympy.Expr, ...]] | None:
+    """The stored tensor that holds the numbers of a recipe, and their strides in it; None if it computes or joins."""
+    if isinstance(recipe, Read):
+        return recipe, contiguous_strides(tuple(map(sympy.Integer, recipe.shape)))
+    if not isinstance(recipe, Transpose | Reshape) or (seen := strides_in_file(recipe.source)) is None:
+        return None
+    stored, strides = seen
+    if isinstance(recipe, Transpose):
+        return stored, tuple(strides[dim] for dim in recipe.dims)
+    shapes = (tuple(map(sympy.Integer, shape)) for shape in (recipe.source.shape, recipe.shape))
+    old, new = shapes
+    found = reshape_strides(old, strides, new)
+    return None if found is None else (stored, tuple(map(sympy.sympify, found)))
+
+
+def takes_strides(user: fx.Node, weight: fx.Node) -> bool:
+    named = arguments(user)
+    places = [name for name, value in named.items() if value is weight]
+    return user.target in (effc.experts.default, effc.moe.default) and places in (["up"], ["down"])
+
+
+READ_IN_PANELS: dict[object, tuple[str, ...]] = {
+    effc.linear.default: ("weight",),
+    effc.gated_linear.default: ("weight",),
+    effc.experts.default: ("up", "down"),
+    effc.moe.default: ("router", "up", "down"),
+}
+"""Products, and the weights that they read row by row: in panels of rows too."""
 
 
 # --- lowering ----------------------------------------------------------------------------------------------------

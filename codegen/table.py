@@ -48,6 +48,7 @@ TEMPLATES: dict[Any, Callable[[Scope, fx.Node], None]] = {
     effc.cached_attention.default: attention.lower,
     effc.rope.default: rope.lower,
     effc.top_k.default: top_k.lower,
+    effc.experts.default: moe.lower,
     effc.moe.default: moe.lower,
     aten.cumsum.default: scan.lower,
 }

@@ -12,7 +12,16 @@ from .linear import DTYPES, flat_rows
 from .scope import Scope
 from .template import Arguments, power_of_two
 
-TOP_K = """
+ORDER = """
+    # Integers in the order of the floats: negative ones run backwards, NaN comes last.
+    bits = tl.where(VALUE == 0.0, 0.0, VALUE.to(tl.float32)).to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = tl.where(VALUE != VALUE, 0x7FFFFFFF, order)
+"""
+"""`order` of VALUE, floats; -0x80000000 comes before all."""
+
+TOP_K = (
+    """
 @triton.jit
 def {{ name }}({{ header }}):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -20,11 +29,9 @@ def {{ name }}({{ header }}):
     in_rows = row < {{ rows }}
 
     x = tl.load(x_ptr + row[:, None] * {{ x_stride }} + col[None, :], mask=in_rows[:, None] & {{ in_cols }}, other=0.0)
-
-    # Integers in the order of the floats: negative ones run backwards, NaN comes last.
-    bits = tl.where(x == 0.0, 0.0, x.to(tl.float32)).to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    order = tl.where(x != x, 0x7FFFFFFF, order)
+"""
+    + ORDER.replace("VALUE", "x")
+    + """
     order = tl.where({{ in_cols }}, order, -0x80000000)
     for k in range(0, {{ k }}):
         largest = tl.max(order, axis=1)
@@ -32,6 +39,7 @@ def {{ name }}({{ header }}):
         tl.store(out_ptr + row * {{ k }} + k, place.to(tl.int64), mask=in_rows)
         order = tl.where(col[None, :] == place[:, None], -0x80000000, order)
 """
+)
 
 MOST_ENTRIES = 4096
 """The longest row that top_k holds in one tile."""

@@ -5,6 +5,7 @@
     to, type_as, _to_copy                              -->  _to_copy(x, dtype=...); none where nothing changes
     getitem(split | chunk | unbind)                    -->  slice or select
     clone, contiguous, alias, detach, dropout in eval  -->  x
+    squeeze(unsqueeze(x, 1), 1)                        -->  x
     add(x, 0), mul(x, 1), x[:], expand to its own size -->  x
     x[..., [4, 5], :], index known                     -->  x[..., 4:6, :]
     cat([empty, x])                                    -->  x
@@ -72,6 +73,7 @@ COPIES = frozenset(
 )
 DROPOUT = op(aten.dropout.default, aten.feature_dropout.default, X, any_("p"), False)
 EXPAND = op(aten.expand.default, X, any_("sizes"))
+SQUEEZE = op(aten.squeeze.dim, op(aten.unsqueeze.default, X, const("dim")), const("dim"))
 SLICE = op(aten.slice.Tensor, X, any_("dim"), any_("start"), any_("end"), any_("step"))
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int)
 ITEM = op(operator.getitem, call_of(SPLITS).named("parts"), const("index"))
@@ -349,6 +351,7 @@ RULES = (
     Rule("copy", call_of(COPIES), to_its_input),
     Rule("dropout", DROPOUT, to_its_input),
     Rule("expand", EXPAND, to_input_if_same),
+    Rule("squeeze", SQUEEZE, to_input_if_same),
     Rule("slice", SLICE, to_slice),
     Rule("part", ITEM, to_part),
     Rule("index", INDEX, to_slice_from_index),

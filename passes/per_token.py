@@ -225,15 +225,15 @@ def linear(axis: TokenAxis, node: fx.Node) -> str | None:
     return None
 
 
-def moe(axis: TokenAxis, node: fx.Node) -> str | None:
+def mixture(axis: TokenAxis, node: fx.Node) -> str | None:
     """Each token goes to experts of its own."""
-    named = arguments(node)
-    tokens = [named[name] for name in ("x", "experts", "scores")]
+    named = {name: value for name, value in arguments(node).items() if is_tensor(value)}
+    tokens = [named.pop(name) for name in ("x", "experts", "scores", "residual") if name in named]
     if any(axis.of(x) == len(sizes(x)) - 1 for x in tokens):
         return "it multiplies over the tokens, or chooses among them"
     if len({axis.of(x) for x in tokens}) > 1:
         return "its arguments have their tokens in different dimensions"
-    if any(axis.of(argument) is not None for argument in node.args[3:] if is_tensor(argument)):
+    if any(axis.of(weight) is not None for weight in named.values()):
         return "its weights depend on the tokens"
     return None
 
@@ -373,7 +373,8 @@ CHECKS: dict[Any, Check] = {
     effc.rope.default: rope,
     effc.attention.default: attention,
     effc.top_k.default: top_k,
-    effc.moe.default: moe,
+    effc.experts.default: mixture,
+    effc.moe.default: mixture,
     **dict.fromkeys((aten.full.default, aten.ones.default, aten.zeros.default), made_of_size),
     **dict.fromkeys((aten.full_like.default, aten.ones_like.default, aten.zeros_like.default), made_of_size),
 }

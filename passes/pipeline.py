@@ -28,6 +28,7 @@ from ..compiler.verify import verify as verify_graph
 from .cleanup import cleanup
 from .fuse_activation import fuse_activation
 from .fuse_attention import fuse_attention
+from .fuse_experts import fuse_experts
 from .fuse_linear import fuse_linear
 from .fuse_mlp import fuse_mlp
 from .fuse_moe import fuse_moe
@@ -52,6 +53,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_rope,
     fuse_attention,
     fuse_activation,
+    fuse_experts,
     fuse_moe,
     fuse_linear,
     fuse_mlp,

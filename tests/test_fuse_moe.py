@@ -1,184 +1,203 @@
-"""fuse_moe: mixtures of experts as models sort and scatter them become one op; what only looks like one stays."""
+"""fuse_moe: routers, experts and what is around them become one op; what only looks like a router stays."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import pytest
 import torch
 from effc.compiler.graph import Graph
 from effc.compiler.pattern import arguments
+from effc.passes.fuse_experts import fuse_experts
 from effc.passes.fuse_moe import fuse_moe
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.integrations import moe as integration  # noqa: F401  (registers its grouped product)
 
 from .pass_checks import B, S, check_pass, example, graph_of, randomize
 
 aten, effc = torch.ops.aten, torch.ops.effc
-moe, top_k = effc.moe.default, effc.top_k.default
-D, N, EXPERTS, PER_TOKEN = 16, 8, 4, 2
+moe, experts, top_k = effc.moe.default, effc.experts.default, effc.top_k.default
+D, N, EXPERTS, PER_TOKEN = 16, 8, 6, 2
 
-DISPATCH = (aten.sort.default, aten.histc.default, aten.cumsum.default, aten.index.Tensor, aten.index_put.default)
-GONE = (*DISPATCH, aten._grouped_mm.default, aten.topk.default)
-SWIGLU = "silu(gate) * up"
+Choice = tuple[Tensor, Tensor]
+"""The scores of the chosen experts, and which they are."""
 
 
-class Experts(nn.Module):
-    """A mixture of experts as transformers writes it; `changes` replace the steps by name."""
+class Mixture(nn.Module):
+    """A residual and a mixture of experts. route: makes a Choice of logits, and may read the module."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, transposed: bool = False, bias: bool = False, **changes):
+    def __init__(self, route: Callable[[Mixture, Tensor], Choice], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.router = nn.Linear(D, EXPERTS, bias=False, dtype=dtype)
-        shapes = {"up": (EXPERTS, 2 * N, D), "down": (EXPERTS, D, N)}
-        self.transposed, self.bias, self.changes = transposed, bias, changes
-        for name, (experts, rows, depth) in shapes.items():
-            shape = (experts, depth, rows) if transposed else (experts, rows, depth)
-            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype)))
-            setattr(self, f"{name}_bias", nn.Parameter(torch.empty(experts, rows, dtype=dtype)))
-
-    def step(self, name: str, default):
-        return self.changes.get(name, default)
-
-    def product(self, rows: Tensor, name: str, ends: Tensor, chosen: Tensor) -> Tensor:
-        weight = getattr(self, name)
-        multiply = aten._grouped_mm if weight.dtype == torch.bfloat16 else torch.ops.transformers.grouped_mm_fallback
-        result = multiply(rows, weight if self.transposed else weight.transpose(-2, -1), offs=ends)
-        return result + getattr(self, f"{name}_bias")[chosen] if self.bias else result
-
-    def activation(self, hidden: Tensor) -> Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        self.route = route
+        self.router = nn.Linear(D, EXPERTS, dtype=dtype)
+        self.correction = nn.Parameter(torch.empty(EXPERTS))
+        self.up = nn.Parameter(torch.empty(EXPERTS, 2 * N, D, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(EXPERTS, D, N, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         tokens = x.reshape(-1, D)
-        weights, experts = self.router(tokens).float().softmax(-1).topk(PER_TOKEN, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        chosen, perm = torch.sort(experts.reshape(-1))
-        rows, scores = tokens[perm // PER_TOKEN], weights.reshape(-1)[perm]
-        counts = torch.histc(chosen.float(), bins=EXPERTS, min=0, max=self.step("last", EXPERTS - 1))
-        ends = counts.cumsum(0, dtype=torch.int32)
-        hidden = self.step("activation", self.activation)(self.product(rows, "up", ends, chosen))
-        rows = self.step("rows", lambda rows: rows)(self.product(hidden, "down", ends, chosen))
-        rows = rows * scores.unsqueeze(-1)
-        inverse = torch.empty_like(perm).index_put([perm], torch.arange(perm.shape[0]))
-        summed = rows[inverse].view(tokens.shape[0], PER_TOKEN, D).sum(dim=1)
-        result = self.step("result", lambda summed: summed.to(x.dtype))(summed).reshape(x.shape)
-        return (result, hidden) if self.step("returns_hidden", False) else result
+        scores, chosen = self.route(self, self.router(tokens))[:2]
+        chosen = chosen.reshape(-1)
+        gate, up = (
+            torch.bmm(self.up[chosen], tokens.repeat_interleave(PER_TOKEN, 0).unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        )
+        rows = torch.bmm(self.down[chosen], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        y = (rows * scores.reshape(-1).unsqueeze(-1)).view(-1, PER_TOKEN, D).sum(1)
+        y = y if y.dtype == x.dtype else y.to(x.dtype)
+        return x + y.reshape(x.shape)
 
 
-def check(matches: int, dtype: torch.dtype = torch.float32, atol: float = 1e-5, **claims) -> Graph:
-    """Each graph has a topk besides, whose two results become top_k and a gather: two more matches."""
-    names = ("misses", "gone")
-    module = randomize(Experts(dtype, **{name: claim for name, claim in claims.items() if name not in names}))
-    x = example(B, S, D, dtype=dtype)
-    graph = graph_of(module, x)
-    return check_pass(
-        fuse_moe,
-        graph,
-        module,
-        (x,),
-        matches=matches + 2,
-        present={moe: matches, top_k: 1, aten.gather.default: 1},
-        gone=GONE if matches else (aten.topk.default,),
-        misses=claims.get("misses", ()),
-        atol=atol,
-    )
+def softmax_first(module: Mixture, logits: Tensor) -> Choice:
+    return tuple(logits.softmax(-1, dtype=torch.float32).topk(PER_TOKEN, dim=-1))
 
 
-def fused(graph: Graph) -> dict:
-    (node,) = (node for node in graph.nodes if node.target is moe)
-    return arguments(node)
+def normalized(module: Mixture, logits: Tensor) -> Choice:
+    scores, chosen = logits.float().softmax(-1).topk(PER_TOKEN, dim=-1)
+    return (scores / scores.sum(-1, keepdim=True)).to(logits.dtype), chosen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_experts_become_one_op(dtype):
-    graph = check(1, dtype, atol=2**-7)
-    found = fused(graph)
-    assert found["activation"] == SWIGLU
-    assert [graph.weights[found[name].name].key() for name in ("up", "down")] == [
-        graph.weights[name].key() for name in ("up", "down")
-    ]
+def softmax_last(module: Mixture, logits: Tensor) -> Choice:
+    scores, chosen = logits.topk(PER_TOKEN, dim=-1)
+    return scores.softmax(-1, dtype=scores.dtype), chosen
 
 
-def test_transposed_weights_and_biases_are_laid_out_by_recipes():
-    graph = check(1, transposed=True, bias=True)
-    found = fused(graph)
-    shapes = {name: graph.weights[found[name].name].shape for name in ("up", "down", "up_bias", "down_bias")}
-    assert shapes == {
-        "up": (EXPERTS, 2 * N, D),
-        "down": (EXPERTS, D, N),
-        "up_bias": (EXPERTS, 2 * N),
-        "down_bias": (EXPERTS, D),
-    }
-    assert set(graph.weights) & {"up", "down"} == set(), "a weight is held in two layouts"
+def corrected(module: Mixture, logits: Tensor) -> Choice:
+    scores = logits.float().sigmoid()
+    chosen = (scores + module.correction.unsqueeze(0)).topk(PER_TOKEN, dim=-1, sorted=False)[1]
+    scores = scores.gather(1, chosen)
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20) * 2.5, chosen
 
 
-def clamped(hidden: Tensor) -> Tensor:
-    gate, up = hidden[..., ::2].clamp(max=1.0), hidden[..., 1::2].clamp(-1.0, 1.0)
-    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+def of_best_groups(module: Mixture, logits: Tensor) -> Choice:
+    """The best two of three groups of experts."""
+    scores = logits.sigmoid()
+    ranks = scores + module.correction
+    sums = ranks.view(-1, 3, EXPERTS // 3).topk(2, dim=-1)[0].sum(dim=-1)
+    kept = torch.zeros_like(sums).scatter(1, sums.topk(2, dim=-1, sorted=False)[1], 1)
+    mask = kept.unsqueeze(-1).expand(-1, 3, EXPERTS // 3).reshape(-1, EXPERTS)
+    chosen = ranks.masked_fill(~mask.bool(), float("-inf")).topk(PER_TOKEN, dim=-1, sorted=False)[1]
+    return scores.gather(1, chosen), chosen
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_gate_and_up_in_turns_with_an_activation_of_its_own(bias):
-    found = fused(check(1, transposed=True, bias=bias, activation=clamped))
-    gate = "minimum(gate, 1.0)"
-    assert found["activation"] == f"(minimum(maximum(up, -1.0), 1.0) + 1) * ({gate} * sigmoid({gate} * 1.702))"
+def ranked_by_logits(module: Mixture, logits: Tensor) -> Choice:
+    scores, chosen = (logits + module.correction).topk(PER_TOKEN, dim=-1)
+    return scores.sigmoid(), chosen
 
 
-def test_the_gate_may_be_the_second_half():
-    found = fused(check(1, activation=lambda hidden: hidden[:, :N] * F.gelu(hidden[:, N:], approximate="tanh")))
-    assert found["activation"] == "gate * gelu_tanh(up)"
+ROUTERS = {
+    softmax_first: ("softmax(logits)", "values", "chosen"),
+    normalized: ("softmax(logits)", "values", "chosen / sum(chosen)"),
+    softmax_last: ("logits", "values", "softmax(chosen)"),
+    corrected: ("sigmoid(logits)", "values + correction", "chosen / (sum(chosen) + 1e-20) * 2.5"),
+    of_best_groups: ("sigmoid(logits)", "of_best_groups(values + correction, 3, 2, 2)", "chosen"),
+    ranked_by_logits: ("logits + correction", "values", "sigmoid(chosen)"),
+}
+"""How a router chooses, and what the op says of it."""
 
-
-class WithoutGate(Experts):
-    def __init__(self) -> None:
-        super().__init__(activation=F.relu)
-        self.up = nn.Parameter(torch.empty(EXPERTS, N, D))
-        self.down = nn.Parameter(torch.empty(EXPERTS, D, N))
-
-
-def test_experts_without_a_gate():
-    module = randomize(WithoutGate())
-    x = example(B, S, D)
-    graph = check_pass(fuse_moe, graph_of(module, x), module, (x,), matches=3, gone=GONE, atol=1e-5)
-    assert fused(graph)["activation"] == "relu(up)"
-
-
-NEAR_MISSES = {
-    "a norm after the experts": ({"rows": lambda rows: F.layer_norm(rows, (D,))}, ("the known way",) * 2),
-    "an activation that mixes columns": (
-        {"activation": lambda hidden: hidden[:, :N].softmax(-1) * hidden[:, N:]},
-        ("made by aten.softmax.int",),
-    ),
-    "one half alone": ({"activation": lambda hidden: F.silu(hidden[:, :N])}, ("read the first half columns",)),
-    "halves that overlap": (
-        {"activation": lambda hidden: hidden[:, :N] * hidden[:, 1 : N + 1]},
-        ("columns 1:9:1 of 16 are neither a half nor every other one",),
-    ),
-    "hidden values that are an output too": ({"returns_hidden": True}, ("is used elsewhere too",)),
-    "fewer experts counted than there are": ({"last": EXPERTS}, ("as if each chose 2 of 4 experts",)),
+IN_BF16 = {
+    softmax_first: ("softmax(float32(logits))", "values", "chosen"),
+    normalized: ("softmax(float32(logits))", "values", "bfloat16(chosen / sum(chosen))"),
+    softmax_last: ("logits", "values", "softmax(chosen)"),
 }
 
 
-@pytest.mark.parametrize("name", NEAR_MISSES)
-def test_what_only_looks_like_it_is_left_alone(name):
-    changes, misses = NEAR_MISSES[name]
-    check(0, misses=misses, **changes)
+def graph_with_experts(module: nn.Module, x: Tensor) -> Graph:
+    graph = graph_of(module, x)
+    assert fuse_experts(graph).matches == 1
+    return graph
 
 
-def test_a_sum_that_stays_in_fp32_is_left_alone():
-    check(0, torch.bfloat16, atol=2**-7, result=lambda summed: summed * 2, misses=("differ in dtype",))
+def check(route: Callable[[Mixture, Tensor], Choice], matches: int, dtype: torch.dtype = torch.float32, **claims):
+    module = randomize(Mixture(route, dtype))
+    x = example(B, S, D, dtype=dtype)
+    graph = graph_with_experts(module, x)
+    return check_pass(fuse_moe, graph, module, (x,), matches=matches, **claims)
 
 
-def test_weights_used_elsewhere_in_another_layout_are_not_kept_twice():
-    class Shared(Experts):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.up.sum()
+def texts(graph: Graph) -> tuple[str, ...]:
+    (node,) = (node for node in graph.nodes if node.target is moe)
+    return tuple(arguments(node)[name] for name in ("values", "ranks", "weights"))
 
-    module = randomize(Shared(transposed=True))
-    x = example(B, S, D)
-    check_pass(fuse_moe, graph_of(module, x), module, (x,), matches=2, misses=("would keep it twice",), atol=1e-5)
+
+@pytest.mark.parametrize("route", ROUTERS, ids=lambda route: route.__name__)
+def test_a_router_its_experts_and_the_residual_are_one_op(route):
+    """Both parts of a topk, the mixture, the reshapes around it and the residual."""
+    gone = (experts, top_k, aten.topk.default, aten.gather.default, aten.linear.default, aten.reshape.default)
+    parts = {corrected: 1, of_best_groups: 3}.get(route, 2)
+    graph = check(route, parts + 3, present={moe: 1}, gone=(*gone, aten.add.Tensor), atol=1e-5)
+    assert texts(graph) == ROUTERS[route]
+
+
+@pytest.mark.parametrize("route", IN_BF16, ids=lambda route: route.__name__)
+def test_casts_are_kept(route):
+    graph = check(route, 5, torch.bfloat16, present={moe: 1}, gone=(experts,), atol=2**-6)
+    assert texts(graph) == IN_BF16[route]
+
+
+def scores_of_others(module: Mixture, logits: Tensor) -> Choice:
+    scores = logits.softmax(-1)
+    return scores[:, :PER_TOKEN] * 1.0, scores.topk(PER_TOKEN, dim=-1)[1]
+
+
+def along_another_axis(module: Mixture, logits: Tensor) -> Choice:
+    return tuple(logits.softmax(0).topk(PER_TOKEN, dim=-1))
+
+
+def of_a_cosine(module: Mixture, logits: Tensor) -> Choice:
+    return tuple(logits.cos().topk(PER_TOKEN, dim=-1))
+
+
+def of_a_second_product(module: Mixture, logits: Tensor) -> Choice:
+    return tuple((logits + F.linear(logits, module.router.weight[:, :EXPERTS])).topk(PER_TOKEN, dim=-1))
+
+
+def with_a_scale_of_its_own(module: Mixture, logits: Tensor) -> Choice:
+    return tuple((logits * module.correction[:1]).topk(PER_TOKEN, dim=-1))
+
+
+NEAR_MISSES = {
+    scores_of_others: "the scores are made by aten.slice.Tensor",
+    along_another_axis: "does not run over the last axis alone",
+    of_a_cosine: "made by aten.cos.default",
+    of_a_second_product: "made by aten.linear.default",
+    with_a_scale_of_its_own: "has not one entry for each expert",
+}
+
+
+@pytest.mark.parametrize("route", NEAR_MISSES, ids=lambda route: route.__name__)
+def test_what_is_no_router_stays_beside_its_experts(route):
+    parts = 1 if route is scores_of_others else 2
+    check(route, parts, present={experts: 1, moe: 0}, misses=(NEAR_MISSES[route],), atol=1e-5)
+
+
+class ReturnsLogits(Mixture):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(x), self.logits
+
+
+def test_logits_that_are_an_output_too_stay():
+    def keep(module: Mixture, logits: Tensor) -> Choice:
+        module.logits = logits
+        return normalized(module, logits)
+
+    module, x = randomize(ReturnsLogits(keep)), example(B, S, D)
+    graph = graph_with_experts(module, x)
+    check_pass(fuse_moe, graph, module, (x,), matches=2, misses=("is used elsewhere too",), atol=1e-5)
+
+
+# --- what is around it -----------------------------------------------------------------------------------------------
+
+
+class Wider(Mixture):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:1]) + x
+
+
+def test_a_residual_of_another_shape_is_left_alone():
+    module, x = randomize(Wider(normalized)), example(B, S, D)
+    graph = graph_with_experts(module, x)
+    check_pass(fuse_moe, graph, module, (x,), matches=5, present={moe: 1, aten.add.Tensor: 1}, atol=1e-5)
 
 
 # --- top_k -----------------------------------------------------------------------------------------------------------

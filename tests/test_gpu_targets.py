@@ -85,18 +85,24 @@ def attentions(heads: int, groups: int, size: int, value_size: int, dtype: torch
 
 
 def experts(d: int, n: int, count: int, per_token: int, dtype: torch.dtype) -> list[Kernel]:
-    def function(x: Tensor, s: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    clamped = "minimum(gate, 7.0) * sigmoid(gate) * (up + 1)"
+    corrected = ("sigmoid(logits)", "values + correction", "chosen / (sum(chosen) + 1e-20) * 2.5")
+
+    def function(x: Tensor, s: Tensor, r: Tensor, c: Tensor, u: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         chosen = effc.top_k(s, per_token)
         scores = s[..., :per_token].float()
         return (
-            effc.moe(x, chosen, scores, u, w, b, None, "minimum(gate, 7.0) * sigmoid(gate) * (up + 1)"),
-            effc.moe(x, chosen, scores, u[:, :n], w, None, None, "gelu_tanh(up)"),
+            effc.experts(x, chosen, scores, u, w, b, None, clamped),
+            effc.experts(x, chosen, scores, u[:, 1:], w, None, None, "gelu_tanh(up)"),
+            effc.moe(effc.rms_norm(x, None, 1e-5), r, u, w, per_token, c, c, b, None, x, *corrected, clamped),
+            effc.moe(x, r, u, w, per_token, None, None, None, None, None, "logits", "values", "softmax(chosen)"),
         )
 
     tensors = {"x": random(2, 5, d, dtype=dtype), "s": random(2, 5, count, dtype=dtype)}
-    tensors |= {"u": random(count, 2 * n, d, dtype=dtype), "w": random(count, d, n, dtype=dtype)}
-    tensors["b"] = random(count, 2 * n, dtype=dtype)
-    return kernels(function, {"x": (0, 1), "s": (0, 1)}, weights=("u", "w"), **tensors)
+    tensors |= {"r": random(count, d, dtype=dtype), "c": random(count, dtype=dtype)}
+    tensors |= {"u": random(count, 2, n, d, dtype=dtype), "w": random(count, d, n, dtype=dtype)}
+    tensors["b"] = random(count, 2, n, dtype=dtype)
+    return kernels(function, {"x": (0, 1), "s": (0, 1)}, weights=("r", "u", "w"), **tensors)
 
 
 def scores(heads: int, groups: int, size: int, dtype: torch.dtype) -> list[Kernel]:

@@ -48,17 +48,17 @@ class Experts:
         pack: bool = True,
     ) -> None:
         self.d, self.dtype, self.scores = d, dtype, scores or dtype
-        rows = 2 * n if "gate" in activation else n
+        parts = 2 if "gate" in activation else 1
         self.weights = {
-            "up": (random(EXPERTS, rows, d, seed=4) / d**0.5).to(dtype),
+            "up": (random(EXPERTS, parts, n, d, seed=4) / d**0.5).to(dtype),
             "down": (random(EXPERTS, d, n, seed=5) / n**0.5).to(dtype),
         }
         if bias:
-            self.weights["up_bias"] = random(EXPERTS, rows, dtype=dtype, seed=6)
+            self.weights["up_bias"] = random(EXPERTS, parts, n, dtype=dtype, seed=6)
             self.weights["down_bias"] = random(EXPERTS, d, dtype=dtype, seed=7)
 
         def function(x: Tensor, experts: Tensor, scores: Tensor, *weights: Tensor) -> Tensor:
-            return effc.moe(x, experts, scores, *weights, *(None,) * (4 - len(weights)), activation)
+            return effc.experts(x, experts, scores, *weights, *(None,) * (4 - len(weights)), activation)
 
         self.function = function
         free = dict.fromkeys(("x", "experts", "scores"), (0,))
@@ -131,8 +131,8 @@ def test_a_token_of_nan_stays_alone() -> None:
 def test_leading_axes_and_strides_are_any() -> None:
     def function(x: Tensor, chosen: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
         return (
-            effc.moe(x.transpose(0, 1), chosen, scores, up, down),
-            effc.moe(x.transpose(0, 1)[:, :1], chosen[:, :1], scores[:, :1] * 2, up[::2], down[::2]),
+            effc.experts(x.transpose(0, 1), chosen, scores, up, down),
+            effc.experts(x.transpose(0, 1)[:, :1], chosen[:, :1], scores[:, :1] * 2, up[::2], down[::2]),
         )
 
     check(
@@ -140,15 +140,36 @@ def test_leading_axes_and_strides_are_any() -> None:
         x=random(3, 4, 16),
         chosen=choices(12).reshape(4, 3, 2) // 2,
         scores=random(4, 3, 2),
-        up=random(EXPERTS, 24, 16),
+        up=random(EXPERTS, 2, 12, 16),
         down=random(EXPERTS, 16, 12),
     )
 
 
+def test_weights_may_lie_in_any_order() -> None:
+    """Rows of gate and up in turns, depth before rows: they are read where they are."""
+
+    def function(x: Tensor, chosen: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return effc.experts(x, chosen, scores, up.permute(0, 3, 2, 1), down.transpose(1, 2))
+
+    weights = {"up": random(EXPERTS, 33, 20, 2) / 6, "down": random(EXPERTS, 20, 33) / 5}
+
+    def tensors(tokens: int) -> dict[str, Tensor]:
+        scores = random(tokens, PER_TOKEN, seed=3).softmax(-1)
+        return {"x": random(tokens, 33, seed=tokens), "chosen": choices(tokens), "scores": scores, **weights}
+
+    free = dict.fromkeys(("x", "chosen", "scores"), (0,))
+    compiled = Compiled(function, tensors(5), free, ("up", "down"))
+    assert all(launch.kernel.name != "copy" for step in compiled.scheduled.schedule.steps for launch in step.launches)
+    for tokens in TOKENS:
+        compiled.check(luck=1, **tensors(tokens))
+
+
 def test_mixed_dtypes_run_through_aten() -> None:
     tensors = {"x": random(3, 8), "chosen": choices(3), "scores": random(3, 2).double()}
-    weights = {"up": random(EXPERTS, 8, 8), "down": random(EXPERTS, 8, 4)}
-    check(lambda x, chosen, scores, up, down: effc.moe(x, chosen, scores, up, down), fallbacks=1, **tensors, **weights)
+    weights = {"up": random(EXPERTS, 2, 4, 8), "down": random(EXPERTS, 8, 4)}
+    check(
+        lambda x, chosen, scores, up, down: effc.experts(x, chosen, scores, up, down), fallbacks=1, **tensors, **weights
+    )
 
 
 def test_between_the_kernels_lies_nothing_of_tokens_by_experts() -> None:
@@ -160,6 +181,100 @@ def test_between_the_kernels_lies_nothing_of_tokens_by_experts() -> None:
     growth = sum(float(buffer.bytes.subs(symbol, 1600) - buffer.bytes.subs(symbol, 0)) for buffer in buffers) / 1600
     per_pair = 4 * (33 + 16 + 1)
     assert growth == pytest.approx(PER_TOKEN * per_pair + 4 * PER_TOKEN * (1 / 16 + 1 / 64))
+
+
+# --- routers ---------------------------------------------------------------------------------------------------------
+
+ROUTERS = {
+    "softmax of all": ("softmax(float32(logits))", "values", "chosen / sum(chosen)"),
+    "softmax of the chosen": ("logits", "values", "softmax(chosen)"),
+    "corrected sigmoids": ("sigmoid(float32(logits))", "values + correction", "chosen / (sum(chosen) + 1e-20) * 2.5"),
+    "the best groups": (
+        "sigmoid(float32(logits))",
+        "of_best_groups(values + correction, 3, 2, 2)",
+        "chosen / (sum(chosen) + 1e-20)",
+    ),
+    "as x's dtype": ("softmax(float32(logits))", "values", "bfloat16(chosen)"),
+}
+
+
+class Mixture:
+    """A mixture with a router, to be run on any number of tokens.
+
+    The router's weights and the tokens are multiples of 1/4 and integers, so that its product is exact in any dtype,
+    and ties are the same for all.
+    """
+
+    def __init__(
+        self,
+        router: str,
+        count: int,
+        per_token: int,
+        dtype: torch.dtype = FP32,
+        router_dtype: torch.dtype | None = None,
+        norm: bool = False,
+        pack: bool = True,
+    ) -> None:
+        self.d, self.dtype, values, n = 40, dtype, ROUTERS[router], 24
+        self.weights = {
+            "router": (random(count, self.d, seed=1).sign() / 4).to(router_dtype or dtype),
+            "bias": integers(count, seed=2).to(router_dtype or dtype),
+            "correction": random(count, seed=3) / 8,
+            "up": (random(count, 2, n, self.d, seed=4) / self.d**0.5).to(dtype),
+            "down": (random(count, self.d, n, seed=5) / n**0.5).to(dtype),
+        }
+
+        def function(x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
+            router, bias, correction, up, down = weights
+            x = effc.rms_norm(x, None, 1e-5) if norm else x
+            return effc.moe(x, router, up, down, per_token, bias, correction, None, None, y, *values)
+
+        free = {"x": (0,), "y": (0,)}
+        self.compiled = Compiled(function, self.tensors(5), free, ("router", "up", "down"), pack=pack)
+        assert not self.compiled.fallbacks
+
+    def tensors(self, tokens: int) -> dict[str, Tensor]:
+        x, y = (integers(tokens, self.d, seed=tokens).to(self.dtype), random(tokens, self.d, dtype=self.dtype))
+        return {"x": x, "y": y, **self.weights}
+
+    def check(self) -> None:
+        for tokens in TOKENS:
+            self.compiled.check(luck=1, **self.tensors(tokens))
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("router", "count", "per_token", "dtype", "router_dtype"),
+    [
+        ("corrected sigmoids", 6, 3, BF16, FP32),
+        pytest.param("corrected sigmoids", 16, 4, FP32, FP32, marks=pytest.mark.slow),
+        pytest.param("the best groups", 15, 4, FP32, FP32, marks=pytest.mark.slow),
+        pytest.param("softmax of all", 4, 2, FP32, FP32, marks=pytest.mark.slow),
+        pytest.param("softmax of all", 60, 4, BF16, BF16, marks=pytest.mark.slow),
+        pytest.param("softmax of the chosen", 8, 3, torch.float16, torch.float16, marks=pytest.mark.slow),
+        pytest.param("softmax of the chosen", 5, 5, BF16, BF16, marks=pytest.mark.slow),
+        pytest.param("as x's dtype", 7, 1, BF16, BF16, marks=pytest.mark.slow),
+    ],
+)
+def test_routers(router: str, count: int, per_token: int, dtype: torch.dtype, router_dtype: torch.dtype | None) -> None:
+    Mixture(router, count, per_token, dtype, router_dtype).check()
+
+
+@pytest.mark.parametrize("pack", [pytest.param(True, marks=pytest.mark.slow), False], ids=["packed", "row-major"])
+def test_one_token_takes_three_launches_and_no_norm_of_its_own(pack: bool) -> None:
+    mixture = Mixture("softmax of all", 16, 2, norm=True, pack=pack)
+    mixture.check()
+    (step,) = mixture.compiled.scheduled.schedule.steps
+    (_, of_one), *_ = step.cases
+    assert [launch.kernel.name for launch in of_one] == ["norm_gemv", "choose_and_expert_up", "expert_down_residual"]
+
+
+def test_a_router_in_fp64_runs_through_aten() -> None:
+    tensors = {"x": random(3, 8), "r": random(4, 8).double(), "up": random(4, 2, 4, 8), "down": random(4, 8, 4)}
+    check(lambda x, r, up, down: effc.moe(x, r, up, down, 2), fallbacks=1, **tensors)
 
 
 # --- top_k -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import effc
 import pytest
 import torch
+from effc.backend import COMPILED
 from effc.compiler.graph import Graph
 from effc.compiler.interpret import run
 from effc.compiler.sources import ModuleSource
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .families import FAMILIES, Family, example_inputs, tiny_model
 
 moe = torch.ops.effc.moe.default
-DISPATCH = {"sort", "topk", "histc", "cumsum", "index_put", "_grouped_mm", "grouped_mm_fallback"}
+LEFT = {"sort", "topk", "histc", "cumsum", "index_put", "_grouped_mm", "grouped_mm_fallback", "bmm", "top_k", "gather"}
 
 SMALL = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ROUTED = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 0}
@@ -46,10 +47,15 @@ def tokens(batch: int, length: int) -> Tensor:
 
 def assert_fused(graph: Graph) -> None:
     assert graph.count(moe) == 1
-    left = {
-        node.name for node in graph.nodes if node.op == "call_function" and node.name.rstrip("_0123456789") in DISPATCH
-    }
+    left = {node.name for node in graph.nodes if node.op == "call_function" and node.name.rstrip("_0123456789") in LEFT}
     assert not left
+
+
+def fused_text(graph: Graph) -> str:
+    """All that the mixture says, but for the names of what it reads."""
+    (node,) = (node for node in graph.nodes if node.target is moe)
+    weights = [str(graph.weights[x.name]) for x in node.all_input_nodes if x.name in graph.weights]
+    return f"{[value for value in node.args if isinstance(value, str | int)]} {weights}"
 
 
 def all_but_slow(quick: str) -> list:
@@ -63,7 +69,7 @@ def test_traced_experts_are_one_op_that_changes_nothing(name):
     before = trace(model)
     after, report = pipeline.run(before)
     assert_fused(after)
-    assert not [miss for miss in report.misses if miss.rule in ("moe", "top_k")]
+    assert not [miss for miss in report.misses if miss.rule in ("experts", "moe", "top_k")]
     inputs = {key: value for key, value in example_inputs(3, 20).items() if key in before.inputs}
     source, visible = ModuleSource(model), example_inputs(3, 20)["attention_mask"].bool()
     (truth,) = run(after, inputs, source, dtype=torch.float64)
@@ -89,7 +95,8 @@ def test_generation_is_that_of_eager_without_aten(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
-def test_torch_compile(name):
+def test_torch_compile_reads_the_experts_where_they_are(name):
+    """Only the biases of gpt-oss, whose gate and up lie in turns, are copied, and that is said."""
     model = model_of(name)
     expected = {length: model(tokens(2, length), use_cache=False).logits for length in (7, 12)}
     compiled = torch.compile(model, backend="effc")
@@ -98,3 +105,16 @@ def test_torch_compile(name):
             torch.testing.assert_close(
                 compiled(tokens(2, length), use_cache=False).logits, logits, atol=1e-4, rtol=1e-4
             )
+    notes = COMPILED[-1].explanation.notes
+    assert [note.rsplit("_experts_parameters_")[-1] for note in notes] == ["gate_up_proj_bias_"] * (name == "GptOss")
+
+
+@pytest.mark.parametrize("name", ["Mixtral", pytest.param("GptOss", marks=pytest.mark.slow)])
+def test_the_weights_of_every_pair_become_the_same_op(name):
+    model = model_of(name)
+    sorting, _ = pipeline.run(trace(model))
+    model.set_experts_implementation("batched_mm")
+    batched, report = pipeline.run(trace(model))
+    assert_fused(batched)
+    assert not report.misses
+    assert fused_text(batched) == fused_text(sorting)

@@ -108,16 +108,16 @@ CASES: dict[str, dict[str, Callable[[Sizes], Arguments]]] = {
     "top_k": {
         "two": lambda z: (z.tensor(z.B, z.S, z.K), 2),
     },
-    "moe": {
+    "experts": {
         "gated": lambda z: (
-            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, 2 * z.N, z.D), z.tensor(3, z.D, z.N)
+            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, 2, z.N, z.D), z.tensor(3, z.D, z.N)
         ),
         "biased": lambda z: (
-            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, 2 * z.N, z.D), z.tensor(3, z.D, z.N),
-            z.tensor(3, 2 * z.N), z.tensor(3, z.D), "maximum(up, -1.0) * (gate * sigmoid(gate * 1.5))",
+            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, 2, z.N, z.D), z.tensor(3, z.D, z.N),
+            z.tensor(3, 2, z.N), z.tensor(3, z.D), "maximum(up, -1.0) * (gate * sigmoid(gate * 1.5))",
         ),
         "without a gate": lambda z: (
-            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, z.N, z.D), z.tensor(3, z.D, z.N),
+            z.tensor(z.B, z.S, z.D), *choices(z, 3), z.tensor(3, 1, z.N, z.D), z.tensor(3, z.D, z.N),
             None, None, "relu(up)",
         ),
     },
@@ -127,6 +127,16 @@ CASES: dict[str, dict[str, Callable[[Sizes], Arguments]]] = {
     },
     "fake_quantize": {
         name: lambda z, name=name: (z.tensor(z.B, z.S, z.K + 30), name) for name in ACTIVATION_FORMATS
+    },
+    "moe": {
+        "softmax of all": lambda z: (
+            z.tensor(z.B, z.S, z.D), z.tensor(5, z.D), z.tensor(5, 2, z.N, z.D), z.tensor(5, z.D, z.N), 2
+        ),
+        "corrected sigmoids": lambda z: (
+            z.tensor(z.B, z.S, z.D), z.tensor(4, z.D), z.tensor(4, 1, z.N, z.D), z.tensor(4, z.D, z.N), 3,
+            z.tensor(4), z.tensor(4), z.tensor(4, 1, z.N), z.tensor(4, z.D), z.tensor(z.B, z.S, z.D),
+            "sigmoid(logits)", "values + correction", "chosen / (sum(chosen) + 1e-20) * 2.5", "relu(up)",
+        ),
     },
 }  # fmt: skip
 """Arguments of every op, in the ways that change what it does."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from effc.codegen.schedule import strides_in_file
+from effc.compiler.weights import Cast, Read, Reshape, Transpose
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +18,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def steps(compiled: Compiled) -> int:
     return len(compiled.scheduled.schedule.steps)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_that_is_a_stored_tensor_seen_in_another_way_is_read_where_it_is() -> None:
+    """Depth before rows, and rows of gate and up in turns: the strides are those of the tensor in the file."""
+    stored = random(2, 6, 8)
+    read = Read("w", (2, 6, 8), torch.float32)
+    recipe = Transpose(Reshape(Transpose(read, (0, 2, 1)), (2, 4, 2, 6)), (0, 2, 1, 3))
+    found, strides = strides_in_file(recipe)
+    assert found is read
+    seen = stored.as_strided(recipe.shape, [int(stride) for stride in strides])
+    assert torch.equal(seen, stored.permute(0, 2, 1).reshape(2, 4, 2, 6).permute(0, 2, 1, 3))
+    assert strides_in_file(Reshape(recipe, (2, 8, 6))) is None, "gate, then up, is another order"
+    assert strides_in_file(Cast(read, torch.bfloat16)) is None
 
 
 # --- sharing kernels ---------------------------------------------------------------------------------------------
