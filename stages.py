@@ -89,17 +89,16 @@ class Stages:
 
         key = (kind, padded)
         if key not in self._graphs:
-            if kind != "forward":
-                base, passes = self.graph("forward", padded), pipeline.cached(kind, self.options.ring is not None)
-            elif not padded:
-                base, passes = self.graph("forward", True), pipeline.UNPADDED
+            first, skip = self.options.passes or pipeline.PASSES, self.options.skip
+            if kind == "forward" and padded:
+                base, passes = self.traced, pipeline.quantized(first, scheme_of(self.options.quantize))
             else:
-                base = self.traced
-                passes = pipeline.quantized(self.options.passes or pipeline.PASSES, scheme_of(self.options.quantize))
+                base = self.graph("forward", padded or kind == "forward")
+                made = pipeline.UNPADDED if kind == "forward" else pipeline.cached(kind, self.options.ring is not None)
+                passes, skip = pipeline.later(made, first, skip), ()
             start = time.perf_counter()
             name = f"{kind}-padded" if padded else kind
             folder = None if self.dump is None else self.dump / name
-            skip = self.options.skip if base is self.traced else ()
             self._graphs[key], self.reports[name] = pipeline.run(base, passes, skip=skip, dump=folder)
             if self.options.stream is not None and base is self.traced:
                 stream_attention(self._graphs[key], Seen(*self.options.stream))

@@ -27,7 +27,7 @@ from ..compiler.graph import Graph, dtype_of, size_expr, sizes
 from ..compiler.pattern import arguments
 from ..compiler.rewrite import fake_mode, insert, insert_named, replace
 from .cached_scores import cached_scores
-from .cleanup import cleanup
+from .cleanup import erase_dead_code
 from .count_tokens import ARANGES, PADDING, TOKENS, NotOffset, TokenCounts
 from .fuse_attention import fuse_attention
 from .per_token import TokenAxis, check_per_token, refused
@@ -60,7 +60,7 @@ def materialize_kv(graph: Graph, kind: str, ring: bool = False) -> Graph:
         keep_last_token(graph, length)
     if kind == "decode":
         specialize(graph, {length: 1})
-    cleanup(graph)
+    erase_dead_code(graph)
     return graph
 
 
@@ -69,9 +69,14 @@ def check_cacheable(graph: Graph, length: sympy.Symbol) -> None:
     try:
         check_per_token(graph, length)
     except ModelError:
-        for miss in fuse_attention(graph.copy()).misses:
-            node = next(node for node in graph.nodes if node.name == miss.node)
-            raise refused(graph, node, miss.reason) from None
+        nodes = {node.name: node for node in graph.nodes}
+        trial = graph.copy()
+        misses = fuse_attention(trial).misses
+        for node in trial.nodes:
+            if node.target == effc.attention.default and node.name not in nodes:
+                raise refused(graph, nodes[node.meta["origins"][0]], "fuse_attention was left out here") from None
+        for miss in misses:
+            raise refused(graph, nodes[miss.node], miss.reason) from None
         raise
 
 
@@ -89,9 +94,7 @@ def drop_padding(graph: Graph) -> Graph:
             replace(graph, node, insert_named(graph, node, node.target, arguments(node) | {"key_mask": None}))
     if mask.users:
         replace_by_ones(graph, mask)
-        fuse_attention(graph)
     graph.fx.erase_node(mask)
-    cleanup(graph)
     return graph
 
 

@@ -71,13 +71,13 @@ def quantized(passes: Iterable[Pass | str], scheme: Scheme | None) -> tuple[Pass
     return (*passes[:at], partial(quantize, scheme=scheme), *passes[at:])
 
 
-UNPADDED: tuple[Pass, ...] = (drop_padding,)
-"""From `forward` to its form for calls without padding."""
+UNPADDED: tuple[Pass, ...] = (drop_padding, fuse_attention, cleanup)
+"""From `forward` to its form for calls without padding, in which more masks can be read."""
 
 
 def cached(kind: str, ring: bool = False) -> tuple[Pass, ...]:
     """From `forward`, padded or not, to one of the graphs with a cache: "prefill", "extend" or "decode"."""
-    return (partial(materialize_kv, kind=kind, ring=ring),)
+    return (partial(materialize_kv, kind=kind, ring=ring), cleanup)
 
 
 @dataclass
@@ -193,6 +193,13 @@ def check_values(before: Graph, after: Graph, name: str, folder: Path | None, in
     if after.dialect == "stateful" != before.dialect:
         return check_cached(before, after, name)
     return check(before, after, name, folder or Path(tempfile.gettempdir()) / "effc-verify")
+
+
+def later(passes: Iterable[Pass], first: Iterable[Pass | str], skip: Iterable[str]) -> tuple[Pass, ...]:
+    """The passes of a later stage without those that the first stage left out: not among `first`, or in `skip`."""
+    kept = {item if isinstance(item, str) else name_of(item) for item in first} - set(skip)
+    left_out = {name_of(function) for function in PASSES} - kept
+    return tuple(function for function in passes if name_of(function) not in left_out)
 
 
 def find(item: Pass | str) -> Pass:

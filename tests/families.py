@@ -20,6 +20,7 @@ from effc.compiler.graph import Graph
 from effc.compiler.interpret import run
 from effc.compiler.sources import ModuleSource
 from effc.compiler.trace import trace
+from effc.passes import pipeline
 from torch import Tensor, nn
 
 from .baichuan import Baichuan7B, Baichuan13B
@@ -189,6 +190,11 @@ def traced(family: str = "Llama") -> tuple[nn.Module, Graph]:
     """A tiny model and its trace, made once; copy the graph before changing it."""
     model = tiny_model(family)
     return model, trace(model)
+
+
+def without_padding(graph: Graph) -> Graph:
+    """The form of a fused graph for calls without padding, as the compiler makes it."""
+    return pipeline.run(graph, pipeline.UNPADDED, verify=False)[0]
 
 
 def example_inputs(batch: int, length: int, seed: int = 0, vocab_size: int = VOCABULARY) -> dict[str, Tensor]:

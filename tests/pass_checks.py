@@ -37,8 +37,8 @@ def randomize(module: nn.Module, seed: int = SEED) -> nn.Module:
     return module.eval()
 
 
-def graph_of(module: nn.Module, *inputs: Tensor) -> Graph:
-    """The normalized graph of a module: inputs x, y, z, the first two sizes of those of rank 3 or more symbolic."""
+def graph_of(module: nn.Module, *inputs: Tensor, normalized: bool = True) -> Graph:
+    """The (normalized) graph of a module: inputs x, y, z, the first two sizes of those of rank 3 or more symbolic."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fakes = []
     for x in inputs:
@@ -62,7 +62,8 @@ def graph_of(module: nn.Module, *inputs: Tensor) -> Graph:
             graph.weights[node.name] = Read(name, tensors[name].shape, tensors[name].dtype)
     (output,) = (node for node in graph.nodes if node.op == "output")
     output.args = (tuple(output.args[0]),)
-    normalize(graph)
+    if normalized:
+        normalize(graph)
     return graph
 
 

@@ -17,13 +17,13 @@ import torch
 from effc.compiler.graph import Graph, dtype_of, sizes
 from effc.compiler.interpret import run
 from effc.compiler.sources import ModuleSource
-from effc.passes.materialize_kv import drop_padding, materialize_kv
+from effc.passes.materialize_kv import materialize_kv
 from effc.passes.stream_attention import Seen, stream_attention
 from effc.runtime.decode import Runnable, decode_one, extend, prefill
 from effc.runtime.kv_cache import KVCache, Ring, State
 from torch import Tensor, nn
 
-from .families import ATTENTION, VOCABULARY, verify_unless_told
+from .families import ATTENTION, VOCABULARY, verify_unless_told, without_padding
 from .test_materialize_kv import fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +58,7 @@ class Interpreted:
 
     @cache  # noqa: B019
     def cached(self, kind: str, padded: bool) -> Graph:
-        return materialize_kv(self.graph if padded else drop_padding(self.graph), kind, self.ring)
+        return materialize_kv(self.graph if padded else without_padding(self.graph), kind, self.ring)
 
     def run(self, kind: str, inputs: dict[str, Tensor], states: dict[str, Tensor], padded: bool) -> Tensor:
         graph = self.cached(kind, padded)
@@ -170,7 +170,7 @@ def test_rings_give_what_whole_caches_give(family: str) -> None:
 
 def test_a_streaming_cache_gives_what_its_graph_without_a_cache_gives() -> None:
     model, whole = fused("Llama")
-    graph = drop_padding(whole)
+    graph = without_padding(whole)
     assert stream_attention(graph, Seen(2, 6)) == 2
     assert stream_attention(graph, Seen(2, 6)) == 0
     assert "results are not those of the model" in graph.notes[-1]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from effc.compiler.errors import ModelError
-from effc.passes.materialize_kv import drop_padding, materialize_kv
+from effc.passes.materialize_kv import materialize_kv
 from torch import Tensor, nn
 
+from .families import without_padding
 from .test_materialize_kv import Model, agree, attend, compiled, graphs_of
 
 aten = torch.ops.aten
@@ -83,7 +84,7 @@ def some_each_time(names: Iterable[str]) -> list[Any]:
 @pytest.mark.parametrize("name", some_each_time(COUNTS))
 def test_counts_go_on_from_the_cache(name):
     model, graph = compiled(COUNTS[name])
-    graph = drop_padding(graph)
+    graph = without_padding(graph)
     graphs = graphs_of(graph)
     assert graphs["decode"].inputs == ["input_ids", "position_ids", "past"]
     agree(model, graph, graphs, padding=False)
@@ -115,7 +116,7 @@ def test_counts_of_what_is_visible_know_the_padding(name):
     graphs = graphs_of(graph)
     assert graphs["decode"].inputs == ["input_ids", "position_ids", "past", "padding"]
     agree(model, graph, graphs, padding=True)
-    bare = drop_padding(graph)
+    bare = without_padding(graph)
     agree(model, bare, graphs_of(bare), padding=False)
 
 
@@ -164,21 +165,21 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_counts_that_cannot_go_on_are_refused(name):
     function, reason = REFUSED[name]
-    graph = drop_padding(compiled(function)[1])
+    graph = without_padding(compiled(function)[1])
     with pytest.raises(ModelError, match=reason):
         materialize_kv(graph, "decode")
 
 
 def test_a_table_that_is_sliced_bounds_the_length():
     _, graph = compiled(COUNTS["a slice of a table, from 2"])
-    decode = materialize_kv(drop_padding(graph), "decode")
+    decode = materialize_kv(without_padding(graph), "decode")
     assert decode.max_length == 30
     assert any("the table places_weight ends there" in note for note in decode.notes)
 
 
 def test_counting_is_two_calls_on_past():
     _, graph = compiled(COUNTS["arange"])
-    decode = materialize_kv(drop_padding(graph), "decode")
+    decode = materialize_kv(without_padding(graph), "decode")
     past = decode.placeholder("past")
     (first,) = (user for user in past.users if user.target == aten.unsqueeze.default)
     (slots,) = first.users

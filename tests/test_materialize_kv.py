@@ -13,11 +13,11 @@ from effc.compiler.sources import ModuleSource
 from effc.compiler.trace import trace
 from effc.compiler.verify import verify
 from effc.passes import pipeline
-from effc.passes.materialize_kv import KINDS, drop_padding, materialize_kv
+from effc.passes.materialize_kv import KINDS, materialize_kv
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .families import tiny_model
+from .families import tiny_model, without_padding
 from .pass_checks import SEED, randomize
 
 effc = torch.ops.effc
@@ -104,7 +104,7 @@ def agree(model: nn.Module, graph: Graph, graphs: dict[str, Graph], padding: boo
 )
 def test_cached_runs_equal_forward(family, padding):
     model, graph = fused(family)
-    graph = graph if padding else drop_padding(graph)
+    graph = graph if padding else without_padding(graph)
     graphs = graphs_of(graph)
     for stateful in graphs.values():
         assert stateful.count(effc.cached_attention.default) == 2
@@ -118,7 +118,7 @@ def test_the_graph_given_stays_as_it_is():
     graph = fused("Llama")[1]
     before = str(graph.fx), graph.dialect, list(graph.inputs)
     graphs_of(graph)
-    drop_padding(graph)
+    without_padding(graph)
     assert (str(graph.fx), graph.dialect, graph.inputs) == before
 
 
@@ -185,7 +185,7 @@ def compiled(function) -> tuple[nn.Module, Graph]:
 
 def test_a_hand_written_model_gets_a_cache():
     model, graph = compiled(lambda m, x, mask, places: attend(m, attend(m, x + m.places(places)).relu()))
-    graph = drop_padding(graph)
+    graph = without_padding(graph)
     graphs = graphs_of(graph)
     assert len(graphs["decode"].states) == 4
     agree(model, graph, graphs, padding=False)
@@ -193,7 +193,7 @@ def test_a_hand_written_model_gets_a_cache():
 
 def test_features_in_another_order_are_still_each_tokens_own():
     model, graph = compiled(lambda m, x, mask, places: attend(m, torch.index_select(x, 2, torch.arange(15, -1, -1))))
-    graph = drop_padding(graph)
+    graph = without_padding(graph)
     agree(model, graph, graphs_of(graph), padding=False)
 
 
@@ -204,7 +204,7 @@ def test_a_window_is_one_of_the_cached_attention():
         return attend(m, x, is_causal=False, attn_mask=allowed)
 
     model, graph = compiled(attends_to_three)
-    graph = drop_padding(graph)
+    graph = without_padding(graph)
     graphs = graphs_of(graph)
     (node,) = (node for node in graphs["decode"].nodes if node.target == effc.cached_attention.default)
     assert node.kwargs == {"window": 3}
@@ -213,7 +213,7 @@ def test_a_window_is_one_of_the_cached_attention():
 
 def test_without_padding_other_uses_of_the_mask_are_ones():
     model, graph = compiled(lambda m, x, mask, places: attend(m, x * mask[:, :, None]))
-    bare = drop_padding(graph)
+    bare = without_padding(graph)
     verify(bare)
     assert bare.inputs == ["input_ids", "position_ids"]
     inputs = token_inputs(padding=False)

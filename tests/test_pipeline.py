@@ -1,13 +1,16 @@
 import pytest
 import torch
-from effc.compiler.errors import CacheError, InputError
+from effc.compiler.errors import CacheError, InputError, ModelError
 from effc.compiler.graph import Graph
+from effc.compiler.load import load
 from effc.compiler.rewrite import PassResult
 from effc.compiler.verify import VerificationError, verify
 from effc.passes import PASSES, run
+from effc.stages import Options, Stages
 
 from .families import SIZES, example_inputs, traced, worst_error
 
+ATTENTION = torch.ops.effc.attention.default
 NAMES = [function.__name__ for function in PASSES]
 
 
@@ -51,6 +54,23 @@ def test_passes_by_name_and_skipped_ones():
     fused, report = run(graph, skip=["fuse_norm"])
     assert "fuse_norm" not in report.matches
     assert fused.count(torch.ops.effc.rms_norm.default) == 0
+
+
+@pytest.mark.parametrize("options", [Options(skip=("fuse_attention",)), Options(passes=("normalize", "fuse_norm"))])
+def test_what_is_left_out_is_left_out_at_every_stage(options):
+    model, _ = traced()
+    stages = Stages(load(model), options, None)
+    assert stages.graph("forward", padded=True).count(ATTENTION) == 0
+    assert stages.graph("forward", padded=False).count(ATTENTION) == 0
+    assert "fuse_attention" not in [step.name for step in stages.steps("forward", padded=False)]
+    with pytest.raises(ModelError, match=r"scaled_dot_product_attention.* fuse_attention was left out"):
+        stages.graph("decode", padded=False)
+
+
+def test_skipping_cleanup_skips_it_at_every_stage():
+    stages = Stages(load(traced()[0]), Options(skip=("cleanup",)), None)
+    names = [step.name for step in stages.steps("decode", padded=False)]
+    assert names == [*NAMES[:-1], "drop_padding", "fuse_attention", "materialize_kv"]
 
 
 def test_an_unknown_pass_is_refused():
