@@ -36,6 +36,8 @@ effc = torch.ops.effc
 LINEARS = frozenset({effc.linear.default, effc.gated_linear.default})
 LONGEST_STEP = 128
 """Along K, where neither side has groups."""
+LEAST_PANEL = 16
+"""Columns of a program at least."""
 
 TILE = """
 @triton.jit
@@ -126,6 +128,10 @@ def why_not(node: fx.Node) -> str | None:
         return f"a linear of {dtype_of(node.args[0])} by quantized weights has no kernel"
     if not all(part.op == "placeholder" and set(part.users) == {node.args[1]} for part in node.args[1].args[0]):
         return "the parts of its weight are computed, or read by something else"
+    halves = effc.gated_linear.default
+    alone = all(user.target is halves for user in node.args[1].users)
+    if node.target is halves and not alone and int(sizes(node.args[1])[0]) // 2 % LEAST_PANEL:
+        return "its weight is read as a whole too, and its halves are no whole panels"
     return None
 
 
@@ -175,7 +181,7 @@ def place_parts(scope: Scope, weight: fx.Node) -> None:
 def panel_of(rows: int, target: Target) -> int:
     """Columns of a program: as many as the target likes, fewer where that leaves less to fill up."""
     block = target.quantized.n
-    while block > 16 and rows % block:
+    while block > LEAST_PANEL and rows % block:
         block //= 2
     return block
 

@@ -99,15 +99,15 @@ def test_groups_of_weights_and_activations_may_differ(name: str, activation: str
 )
 def test_every_epilogue_behind_a_norm_that_is_rounded_once(n: int, dtype: torch.dtype) -> None:
     format, k = find("q4_0"), 96
-    parts, bias, gain = parts_of(format, 2 * n, k), random(2 * n, dtype=dtype), random(k, dtype=dtype, seed=4)
+    bias, gain = random(2 * n, dtype=dtype), random(k, dtype=dtype, seed=4)
 
-    def function(x: Tensor, r: Tensor, b: Tensor, g: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
-        weight = effc.dequantize([codes, scales], "q4_0", dtype)
+    def function(x: Tensor, r: Tensor, b: Tensor, g: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        weight, halves = (effc.dequantize(list(pair), "q4_0", dtype) for pair in (parts[:2], parts[2:]))
         rounded = effc.fake_quantize(effc.rms_norm(x, g, 1e-6), "int8_g32")
-        return effc.linear(rounded, weight, b, r, "gelu"), effc.gated_linear(rounded, weight, b)
+        return effc.linear(rounded, weight, b, r, "gelu"), effc.gated_linear(rounded, halves, b)
 
     tensors = {"x": random(5, k, dtype=dtype), "r": random(5, 2 * n, dtype=dtype, seed=2), "b": bias, "g": gain}
-    names = {"codes": parts["p_codes"], "scales": parts["p_scales"]}
+    names = {f"{name}_{seed}": part for seed in (1, 2) for name, part in parts_of(format, 2 * n, k, seed).items()}
     step = Compiled(function, tensors | names, {"x": (0,), "r": (0,)}, ("b", "g", *names))
     assert not step.fallbacks
     kernels = [kernel.name for kernel in step.scheduled.schedule.kernels]
@@ -176,6 +176,20 @@ def test_an_embedding_reads_rows_of_the_table_that_a_head_shares() -> None:
         x, logits = step(ids=ids)
         assert torch.equal(x, values[ids])
         assert_close(logits[0], contract(x[0], parts, format, "int8_g32"), x[0], parts, format)
+
+
+def test_a_gated_weight_that_is_read_whole_too_has_whole_panels() -> None:
+    format, n, k = find("q8_0"), 40, 32
+    parts = parts_of(format, n, k)
+
+    def function(x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        weight = effc.dequantize(list(parts), "q8_0", torch.float32)
+        return effc.linear(x, weight), effc.gated_linear(x, weight)
+
+    step = Compiled(function, {"x": random(1, k), **parts}, None, tuple(parts))
+    (gated,) = [step for step in step.scheduled.schedule.fallbacks if "linear" in str(step.node.target)]
+    assert "no whole panels" in gated.reason
+    step.check(x=random(1, k, seed=3), **parts)
 
 
 @pytest.mark.parametrize("name", ["nf4_g64", "fp8_e4m3"])
