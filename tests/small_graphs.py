@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from .pass_checks import B, S, example, graph_of, randomize, token_inputs
-from .test_fuse_moe import Experts
+from .test_fuse_moe import Mixture, softmax_first
 
 K, N, HEADS = 16, 8, 2
 VOCABULARY = 11
@@ -101,10 +101,15 @@ def activations() -> Small:
     return of_tensors(function, example(B, S, K))
 
 
-def experts() -> Small:
-    x = example(B, S, K, dtype=torch.bfloat16)
-    module = randomize(Function(lambda m, x: (m.experts(x), x.topk(2, largest=False)[1]), experts=Experts(x.dtype)))
-    return Small(module, graph_of(module, x), {"x": x})
+def experts(before: Sequence[str] = ()) -> Small:
+    def function(m: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.mixture(x), x.topk(2, largest=False)[1]
+
+    return of_tensors(function, example(B, S, K), before=before, mixture=Mixture(softmax_first))
+
+
+def mixtures() -> Small:
+    return experts(["fuse_experts"])
 
 
 def linears() -> Small:

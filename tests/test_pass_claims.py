@@ -82,15 +82,20 @@ CLAIMS = {
     "fuse_activation": Claims(
         small.activations, 1, {"silu": 1, "sigmoid": -1, "mul": -1}, misses=("sigmoid_1 is used elsewhere too",)
     ),
-    "fuse_moe": Claims(
+    "fuse_experts": Claims(
         small.experts,
-        3,
-        {"effc.moe": 1, "effc.top_k": 1, "gather": 1, "topk": -1, "getitem": -4, "sort": -1, "histc": -1}
-        | {"cumsum": -1, "floor_divide": -1, "index": -3, "_grouped_mm": -2, "permute": -2, "slice": -2, "silu": -1}
-        | {"mul": -2, "unsqueeze": -1, "empty_like": -1, "sym_numel": -1, "arange": -1, "index_put": -1}
-        | {"reshape": -3, "sum": -1, "_to_copy": -2, "sym_size": -1},
+        1,
+        {"effc.experts": 1, "reshape": -3, "unsqueeze": -3, "bmm": -2, "index": -2, "mul": -2, "slice": -2}
+        | {"squeeze": -2, "repeat_interleave": -1, "silu": -1, "sum": -1},
+        atol=1e-5,
+    ),
+    "fuse_moe": Claims(
+        small.mixtures,
+        5,
+        {"effc.moe": 1, "effc.experts": -1, "linear": -1, "softmax": -1, "topk": -1, "getitem": -2, "reshape": -2}
+        | {"sym_size": -2, "add": -1},
         misses=("it takes the smallest entries",),
-        atol=2e-2,
+        atol=1e-5,
     ),
     "fuse_linear": Claims(
         small.linears,
