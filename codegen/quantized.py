@@ -223,7 +223,8 @@ class QuantizedCase(Case):
     """One linear by a quantized weight, and what its kernels have in common."""
 
     def __init__(self, scope: Scope, node: fx.Node, rounded: Rounded | None, activation: str) -> None:
-        super().__init__(scope, node, node.target is effc.gated_linear.default, activation)
+        gated = node.target is effc.gated_linear.default
+        super().__init__(scope, node, node.args[1], dtype_of(node), gated, activation)
         self.rounded = rounded
         weight = node.args[1]
         self.format = format_of(weight)

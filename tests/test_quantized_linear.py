@@ -189,7 +189,9 @@ def test_a_gated_weight_that_is_read_whole_too_has_whole_panels() -> None:
     step = Compiled(function, {"x": random(1, k), **parts}, None, tuple(parts))
     (gated,) = [step for step in step.scheduled.schedule.fallbacks if "linear" in str(step.node.target)]
     assert "no whole panels" in gated.reason
-    step.check(x=random(1, k, seed=3), **parts)
+    x = random(1, k, seed=3)
+    for found, want in zip(step(x=x), function(x, *parts.values()), strict=True):
+        assert (found - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("name", ["nf4_g64", "fp8_e4m3"])
