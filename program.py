@@ -253,7 +253,7 @@ def compile(
     ring: int | None = None,
     stream: tuple[int, int] | None = None,
     rounding: str = "eager",
-    quantize: str = "none",
+    quantize: str = "stored",
 ) -> Program:
     """Compile a causal language model for inference.
 
@@ -270,8 +270,8 @@ def compile(
     stored, which is nearer to the exact result and not eager's.
 
     quantize: "stored" computes with the blocks that a quantized file has, and with activations of 8 bits in groups of
-    32. "w8a8", "w4a8", "w8", "w4" or a format ("int4_g128") round the weights of linears to fewer bits, with "a8" the
-    activations too. "none": in `dtype`.
+    32; what a file has in floating point stays so. "w8a8", "w4a8", "w8", "w4" or a format ("int4_g128") round the
+    weights of linears to fewer bits, with "a8" the activations too. "none": in `dtype`, whatever the file has.
 
     Raises ModelError for a model that cannot be found, read or compiled.
     """

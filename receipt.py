@@ -100,11 +100,12 @@ class GraphFacts:
 
 @dataclass(frozen=True)
 class Receipt:
-    """passes: (name, matches, seconds) in order."""
+    """passes: (name, matches, seconds) in order. formats: of quantized weights and activations, none in fp32."""
 
     passes: tuple[tuple[str, int, float], ...]
     graphs: tuple[GraphFacts, ...]
     agreement: Agreement
+    formats: tuple[str, ...] = ()
 
     @property
     def fallbacks(self) -> int:
@@ -117,8 +118,9 @@ class Receipt:
         names = " and ".join(graph.name for graph in self.graphs)
         fired = ", ".join(f"{name} {matches}" for name, matches, _ in self.passes)
         left = [f"  {graph.name}: {call}" for graph in self.graphs for call in graph.fallbacks]
+        computed = [f"computed in {', '.join(self.formats)}"] if self.formats else []
         return "\n".join(
-            [f"passes: {fired}", str(self.agreement), f"ATen calls left in {names}: {self.fallbacks}", *left]
+            [f"passes: {fired}", *computed, str(self.agreement), f"ATen calls left in {names}: {self.fallbacks}", *left]
         )
 
 
@@ -134,7 +136,8 @@ def receipt(program: Program, reference: nn.Module, prompts: Sequence[Sequence[i
     )
     engine = CompiledEngine(program, max(map(len, prompts)) + new_tokens)
     texts = continued(engine, reference, prompts, new_tokens)
-    return Receipt(summaries["decode"].passes, graphs, agreement(engine, texts))
+    summary = summaries["decode"]
+    return Receipt(summary.passes, graphs, agreement(engine, texts), summary.formats)
 
 
 @dataclass(frozen=True)

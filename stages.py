@@ -35,7 +35,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a receipt tells of one graph: counts of kernels and launches, ops without kernels, and seconds."""
+    """What a receipt tells of one graph: counts of kernels and launches, ops without kernels, and seconds.
+
+    formats: what its weights are kept in, and then what activations are rounded to, where it is quantized.
+    """
 
     kernels: tuple[str, ...]
     launches: int
@@ -43,6 +46,7 @@ class Summary:
     passes: tuple[tuple[str, int, float], ...]
     traced_calls: int
     arena: str
+    formats: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -55,7 +59,7 @@ class Options:
     ring: int | None = None
     stream: tuple[int, int] | None = None
     rounding: str = "eager"
-    quantize: str = "none"
+    quantize: str = "stored"
 
     @property
     def identity(self) -> str | None:
@@ -145,7 +149,21 @@ def build(stages: Stages, kind: str, padded: bool, target: CpuTarget, libraries:
         passes=tuple((step.name, step.matches, step.seconds) for step in stages.steps(kind, padded)),
         traced_calls=sum(node.op == "call_function" for node in stages.traced.nodes),
         arena=str(plan.arena_bytes),
+        formats=formats_of(stages.graph(kind, padded)),
         seconds=dict(stages.seconds),
     )
     recipes = {name: resolve(recipe) for name, recipe in scheduled.recipes.items()}
     return Built(manifest_of(scheduled.schedule, names), library.name, recipes, summary)
+
+
+def formats_of(graph: Graph) -> tuple[str, ...]:
+    """The formats of a graph's quantized weights, then those of its rounded activations."""
+    from .compiler.ops import OPS
+
+    found = [
+        node.args[1]
+        for name in ("dequantize", "fake_quantize")
+        for node in graph.nodes
+        if node.target is OPS[name].target
+    ]
+    return tuple(dict.fromkeys(found))
