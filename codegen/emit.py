@@ -50,6 +50,12 @@ static inline void stamp(int launch) {{
 """
 """What timed step functions add: the seconds from the end of one launch to the end of the next, summed over calls."""
 
+SIZES = """\
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+"""
+"""What sizes are written with (`expr.CppPrinter`)."""
+
 PARAMETERS = "void* const* buffers, const int64_t* sizes, char* arena, int threads"
 
 
@@ -166,6 +172,7 @@ class StepPrinter:
 
     def functions(self) -> str:
         lines = [
+            SIZES,
             CLOCK.format(count=len(self.all_launches), export=EXPORT) if self.timed else "",
             f"{EXPORT} int64_t arena_bytes(const int64_t* sizes) {{",
             *self.preamble(),

@@ -56,15 +56,15 @@ class PythonPrinter(SizePrinter):
 
 
 class CppPrinter(PythonPrinter):
-    """Sizes as C++ code over int64_t."""
+    """Sizes as C++ code over int64_t, with the functions that `emit` defines."""
 
     divide = "/"
 
     def _print_Max(self, expr: sympy.Expr) -> str:
-        return self.fold("std::max", expr.args)
+        return self.fold("larger", expr.args)
 
     def _print_Min(self, expr: sympy.Expr) -> str:
-        return self.fold("std::min", expr.args)
+        return self.fold("smaller", expr.args)
 
     def _print_BooleanTrue(self, expr: sympy.Basic) -> str:
         return "true"

@@ -148,6 +148,7 @@ SMALL = {
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 STRANGERS = {
+    "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 64, "max_seq_len": 64},
     "Apertus": GROUPED,  # xIELU, norms of q and k
     "BioGpt": SMALL,  # learned positions that count what is visible
     "Cohere2": {**GROUPED, **MIXED},  # no rope where attention is full
