@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from ..compiler.graph import dtype_of, sizes
 from ..compiler.pattern import arguments as arguments_of
@@ -224,6 +224,22 @@ def constants(attention: Attention, arguments: Arguments, **blocks: int) -> None
 # --- the kernels -------------------------------------------------------------------------------------------------
 
 
+def mask_strides(mask: Layout, scores: tuple[sympy.Expr, ...]) -> list[sympy.Expr]:
+    """The strides of a mask along the four axes of the scores, 0 where it has one entry for all."""
+    found: list[sympy.Expr] = [sympy.Integer(0)] * (4 - len(mask.sizes))
+    for size, stride, wanted in zip(mask.sizes, mask.strides, scores[len(found) :], strict=True):
+        if not is_one(size) and size != wanted:
+            raise NoKernel(f"a mask of {list(mask.sizes)} for scores of {list(scores)} has no kernel")
+        found.append(sympy.Integer(0) if is_one(size) else stride)
+    return found
+
+
+def is_one(size: sympy.Expr) -> bool:
+    """Whether a size is 1 however large the runtime sizes are, which are at least 1."""
+    more = {symbol: sympy.Symbol(f"{symbol}_more", integer=True, nonnegative=True) + 1 for symbol in size.free_symbols}
+    return size == 1 or size.xreplace(more).replace(Max, sympy.Max).replace(Min, sympy.Min) == 1
+
+
 def tiled(attention: Attention) -> Launch:
     """Each program computes a tile of queries of one head."""
     operands, layouts, arguments = attention.operands, attention.layouts, Arguments()
@@ -240,8 +256,7 @@ def tiled(attention: Attention) -> Launch:
     values |= result_values(attention, arguments)
     if "mask" in layouts:
         mask = layouts["mask"]
-        broadcast = [0 if size == 1 else stride for size, stride in zip(mask.sizes, mask.strides)]
-        broadcast = [0] * (4 - len(broadcast)) + broadcast
+        broadcast = mask_strides(mask, (*sizes(operands["q"])[:3], sizes(operands["k"])[2]))
         values["mask"] = "float" if attention.float_mask else "bool"
         values["mk"] = [arguments.size(f"mask_stride_{i}", x) for i, x in enumerate(broadcast)]
     constants(attention, arguments, BLOCK_M=block_m, BLOCK_N=block_n)
