@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +63,8 @@ def run(console: Console, cache: Path) -> None:
     eager = llm.program.model.module()
     evidence, speeds, around = examine(console, llm, eager)
     show_passes(console, evidence)
-    show_speeds(console, speeds, around, evidence.formats)
-    console.print("[bold]5. Receipt[/], against Hugging Face eager in fp32 with the values of the same weights")
+    show_speeds(console, speeds, around)
+    console.print("[bold]5. Receipt[/], against Hugging Face eager in fp32")
     for line in receipt_lines(evidence):
         console.print("   " + line, markup=False)
 
@@ -117,14 +116,12 @@ def show_passes(console: Console, evidence: Receipt) -> None:
     console.print(table, "")
 
 
-def show_speeds(console: Console, speeds: list[Speed], around: Surroundings, formats: Sequence[str]) -> None:
+def show_speeds(console: Console, speeds: list[Speed], around: Surroundings) -> None:
     import torch
 
     console.print(
-        f"[bold]4. Speed[/]: a prompt of {PROMPT_TOKENS} tokens, then {NEW_TOKENS} written, with"
-        f" {torch.get_num_threads()} threads; median of {REPEATS} turns (spread)\n"
-        f"   effc computes with the file's own blocks and with rounded activations: {', '.join(formats)};"
-        " eager with their values, in fp32"
+        f"[bold]4. Speed[/]: a prompt of {PROMPT_TOKENS} tokens, then {NEW_TOKENS} written, in fp32 with"
+        f" {torch.get_num_threads()} threads; median of {REPEATS} turns (spread)"
     )
     table = table_of("", "prefill tokens/s", "decode tokens/s")
     for speed in speeds:

@@ -253,7 +253,7 @@ def compile(
     ring: int | None = None,
     stream: tuple[int, int] | None = None,
     rounding: str = "eager",
-    quantize: str = "stored",
+    quantize: str = "none",
 ) -> Program:
     """Compile a causal language model for inference.
 

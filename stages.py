@@ -59,7 +59,7 @@ class Options:
     ring: int | None = None
     stream: tuple[int, int] | None = None
     rounding: str = "eager"
-    quantize: str = "stored"
+    quantize: str = "none"
 
     @property
     def identity(self) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import sympy
 from effc.codegen.expr import cpp_text, python_text, triton_text
@@ -39,8 +37,10 @@ class Tl:
 
 
 def as_python(cpp: str) -> str:
-    """C++ over non-negative numbers as Python: the division and the casts are what differs."""
-    return re.sub(r"std::(max|min)", r"\1", cpp).replace("int64_t", "int").replace("/", "//")
+    """C++ over non-negative numbers as Python: the division, the casts and two names are what differs."""
+    for text, other in (("larger", "max"), ("smaller", "min"), ("int64_t", "int"), ("/", "//")):
+        cpp = cpp.replace(text, other)
+    return cpp
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)

@@ -255,9 +255,9 @@ static inline void multiply_columns(Rows<P> a, Operand<S> b, int64_t x, typename
 // c[b.count] += dot products of one row of a with the columns of b.
 template <typename P, int Lanes, typename S>
 static __attribute__((noinline)) void multiply_row(Rows<P> a, Operand<S> b, typename P::Sum *c) {
-  int64_t x = 0;
-  for (; x + Lanes <= b.count; x += Lanes) multiply_columns<P, Lanes, Lanes>(a, b, x, c + x);
-  for (; x < b.count; ++x) multiply_columns<P, Lanes, 1>(a, b, x, c + x);
+  const int64_t whole = b.count / Lanes * Lanes;
+  for (int64_t x = 0; x < whole; x += Lanes) multiply_columns<P, Lanes, Lanes>(a, b, x, c + x);
+  for (int64_t x = whole; x < b.count; ++x) multiply_columns<P, Lanes, 1>(a, b, x, c + x);
 }
 
 // excess[i]: what the sums of row i are too large by where words of b are P::right_offset larger than its elements.
