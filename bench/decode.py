@@ -76,7 +76,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     llms = {scheme: LLM(path, dtype=dtype, quantize=scheme) for scheme in options.quantize}
     llm = next(iter(llms.values()))
     eager = llm.program.model.module()
-    capacity = max(options.prompt_tokens) + max(options.new_tokens, RECEIPT_TOKENS)
+    prompts = [llm.encode(text) for text in PROMPTS]
+    longest = max(*options.prompt_tokens, *map(len, prompts))
+    capacity = longest + max(options.new_tokens, RECEIPT_TOKENS)
     compiled = [CompiledEngine(found.program, capacity, f"effc, {scheme}") for scheme, found in llms.items()]
     others: list[Engine] = []
     if options.inductor:
@@ -87,7 +89,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     static = TransformersEngine(eager, capacity, f"{EAGER}, static cache")
 
     say("comparing with eager")
-    prompts = [llm.encode(text) for text in PROMPTS]
     receipts = {scheme: receipt(found.program, eager, prompts, RECEIPT_TOKENS) for scheme, found in llms.items()}
     texts = continued(growing, eager, prompts, RECEIPT_TOKENS)
     agreements = {engine.name: agreement(engine, texts) for engine in (*compiled, *others)}

@@ -201,7 +201,7 @@ SWEEP = {
     "rope, one pair": lambda: ropes(2, 2, FP16),
     "experts, ragged": lambda: experts(100, 35, 60, 4, FP32),
     "experts, many": lambda: experts(256, 128, 256, 8, FP16),
-    "quantized, ragged": lambda: quantized("int3_g64", "int8_g32", 35, 104, FP32),
+    "quantized, ragged": lambda: quantized("int3_g64", "int8_g32", 48, 104, FP32),
     "quantized, groups of 16": lambda: quantized("q6_k", "int8_g32", 64, 256, FP16),
     "quantized, by row": lambda: quantized("int8a", "int8", 16, 100, FP32),
     "quantized, weights only": lambda: quantized("q5_k", None, 64, 256, BF16),
